@@ -1,0 +1,278 @@
+"""
+Puts a pretrained Whisper and a pretrained LLM together into an LSM checkpoint, then reloads and checks it.
+
+    python -m modeling_lsm.composing \
+        --speech_model openai/whisper-large-v2 \
+        --text_model lmsys/vicuna-7b-v1.5 --chat_template vicuna \
+        --output_dir outputs/lsm-7b
+
+Models are Hub ids or folders. The projector is random: `train_sft.py` trains it.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+)
+
+from .configuration_lsm import LsmConfig
+from .modeling_lsm import PROJECTORS, LsmForConditionalGeneration, LsmSpeechEncoder
+from .pipeline_lsm import LsmPipeline
+from .processing_lsm import AUDIO_TOKEN, LsmProcessor, make_chat
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_DIR = Path(__file__).parent / "chat_templates"
+PRELUDE = "with_audio"
+
+
+@dataclass
+class ComposingArguments:
+    """Arguments of `python -m modeling_lsm.composing`."""
+
+    speech_model: str = field(metadata={"help": "A Whisper model, as a Hub id or a folder."})
+    text_model: str = field(metadata={"help": "A causal LLM, as a Hub id or a folder."})
+    output_dir: str = field(metadata={"help": "Folder for the checkpoint."})
+    projector_type: str = field(default="qformer", metadata={"help": f"One of {', '.join(PROJECTORS)}."})
+    window_size: int = field(default=17, metadata={"help": "Encoder frames per window; 50 frames last one second."})
+    num_queries: int = field(default=1, metadata={"help": "Audio tokens per window (Q-Former only)."})
+    projector_hidden_size: int = field(default=768, metadata={"help": "Width of the projector."})
+    projector_num_layers: int = field(default=2, metadata={"help": "Layers of the Q-Former or MLP."})
+    projector_num_attention_heads: int = field(default=12, metadata={"help": "Attention heads of the Q-Former."})
+    encoder_padding: str = field(
+        default="longest",
+        metadata={"help": "'longest' (a clip costs what it lasts) or 'max_length' (30 s, as Whisper)."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "For an LLM without a chat template: a name from chat_templates/ ('vicuna') or a Jinja file."
+        },
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the checkpoint; 'auto' takes the LLM's own."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random projector."})
+
+
+def read_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    The template of a processor: an LLM's own, or the one called `name`, made fit for content that holds audio.
+
+    Raises:
+        ValueError: If there is no template, or none called `name`.
+    """
+    available = sorted(path.stem for path in TEMPLATE_DIR.glob("*.jinja") if path.stem != PRELUDE)
+    if name is None:
+        template = tokenizer.chat_template
+        if template is None:
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path} has no chat template. Name one with --chat_template: a Jinja "
+                f"file, or one of {', '.join(available)}."
+            )
+    elif name in available:
+        template = (TEMPLATE_DIR / f"{name}.jinja").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        template = Path(name).read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"There is no chat template {name!r}; expected a Jinja file or one of {', '.join(available)}."
+        )
+    return (TEMPLATE_DIR / f"{PRELUDE}.jinja").read_text(encoding="utf-8") + template
+
+
+def describe_base(name: str, config: PreTrainedConfig) -> dict[str, str | None]:
+    """Id, revision and licence of a pretrained model, as far as they are known."""
+    folder = Path(name)
+    license_ = None
+    try:
+        card = ModelCard.load(folder / "README.md" if folder.is_dir() else name)
+        license_ = card.data.license
+    except (OSError, ValueError) as error:  # no card, no network, or one that is not valid
+        logger.warning("The licence of %s is unknown: its model card cannot be read (%s).", name, error)
+    return {
+        "id": folder.resolve().name if folder.is_dir() else name,
+        "revision": getattr(config, "_commit_hash", None),
+        "license": license_,
+    }
+
+
+def load_speech_encoder(name: str, dtype: torch.dtype) -> LsmSpeechEncoder:
+    """Loads the encoder of a whole Whisper checkpoint and makes sure that all its weights were found."""
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "whisper":
+        raise ValueError(f"{name} is a {config.model_type} model; --speech_model takes a Whisper.")
+    encoder, report = LsmSpeechEncoder.from_pretrained(
+        name, config=config, dtype=dtype, key_mapping={r"^(model\.)?encoder\.": ""}, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{name} lacks these weights of a Whisper encoder: {sorted(report['missing_keys'])}.")
+    return encoder
+
+
+def compose(
+    speech_model: str,
+    text_model: str,
+    chat_template: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    seed: int = 0,
+    **config_kwargs,
+) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
+    """
+    Makes an LSM from two pretrained models.
+
+    Args:
+        speech_model (`str`): Hub id or folder of a Whisper model.
+        text_model (`str`): Hub id or folder of a causal LLM.
+        chat_template (`str`, *optional*): See [`read_chat_template`].
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of all weights; the LLM's if `"auto"`.
+        seed (`int`, *optional*, defaults to 0): Seed of the random projector.
+        config_kwargs: Projector settings of [`LsmConfig`].
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        ValueError: If the models are not of the expected kinds, or the LLM computes its logits in a way that
+            `hidden_states @ lm_head` does not cover.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    template = read_chat_template(chat_template, tokenizer)
+    llm = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype)
+    encoder = load_speech_encoder(speech_model, llm.dtype)
+    reference = reference_logits(llm, tokenizer)
+
+    base_models = {
+        "speech": describe_base(speech_model, encoder.config),
+        "text": describe_base(text_model, llm.config),
+    }
+    add_audio_token(llm, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = LsmConfig(
+        audio_config=encoder.config.to_dict(),
+        text_config=llm.config.to_dict(),
+        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
+        dtype=llm.dtype,
+        base_models=base_models,
+        **config_kwargs,
+    )
+    processor = LsmProcessor(
+        WhisperFeatureExtractor.from_pretrained(speech_model),
+        tokenizer,
+        chat_template=template,
+        window_size=config.window_size,
+        num_queries=config.num_queries,
+        max_encoder_frames=config.timing.max_encoder_frames,
+        encoder_padding=config.encoder_padding,
+    )
+    processor.check_matches(config)
+
+    with torch.device("meta"):
+        model = LsmForConditionalGeneration(config)
+    model.model.audio_tower = encoder
+    model.model.language_model = llm.base_model
+    model.lm_head = llm.get_output_embeddings()
+    torch.manual_seed(seed)
+    model.model.projector = new_projector(model, llm.get_input_embeddings().weight)
+    model.generation_config = llm.generation_config
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # The LLM never wrote the placeholder before, and an answer that holds one could not be read back.
+    model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), config.audio_token_id]
+    model.tie_weights()
+    model.eval()
+
+    difference = (reference_logits(model, tokenizer)[..., : reference.shape[-1]] - reference).abs().max().item()
+    if not difference <= 1e-4 * max(1.0, reference.abs().max().item()):
+        raise ValueError(
+            f"{text_model} ({config.text_config.model_type}) computes its logits in a way that an LSM does not copy: they "
+            f"differ by {difference:.3g}. LLMs that scale or cap their logits, or whose head has a bias, are not supported."
+        )
+    return model, processor
+
+
+def add_audio_token(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds the audio token to the tokenizer and, where the LLM has no row to spare for it, to its embeddings."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
+    embeddings = llm.get_input_embeddings().weight
+    known = embeddings.shape[0]
+    if len(tokenizer) <= known:
+        return
+    means = [matrix.weight.mean(dim=0) for matrix in (llm.get_input_embeddings(), llm.get_output_embeddings())]
+    llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        # The new rows say nothing: their logit is the mean of all others.
+        for matrix, mean in zip((llm.get_input_embeddings(), llm.get_output_embeddings()), means, strict=True):
+            matrix.weight[known:] = mean
+
+
+def new_projector(model: LsmForConditionalGeneration, embeddings: torch.Tensor) -> nn.Module:
+    """A random projector whose output is as large as the LLM's own `embeddings`, `(vocab_size, hidden_size)`."""
+    projector = PROJECTORS[model.config.projector_type](model.config)
+    projector.apply(model._init_weights)
+    with torch.no_grad():
+        rms = embeddings.float().pow(2).mean().sqrt().item()
+        nn.init.normal_(projector.output.weight, std=rms / projector.output.in_features**0.5)
+        nn.init.zeros_(projector.output.bias)
+    return projector.to(embeddings.dtype)
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Logits of a few words, `(1, tokens, vocab_size)`, in float32."""
+    words = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    return model(input_ids=words["input_ids"], attention_mask=words["attention_mask"]).logits.float()
+
+
+@torch.no_grad()
+def check_checkpoint(folder: str | Path, model: LsmForConditionalGeneration) -> None:
+    """
+    Reloads the checkpoint in `folder` and makes sure that it does what `model` does.
+
+    Raises:
+        RuntimeError: If logits for a prompt with audio differ.
+    """
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    reloaded = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True, dtype=model.dtype).eval()
+    noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    inputs = processor.apply_chat_template(
+        make_chat("What is said?", audio=noise), add_generation_prompt=True, tokenize=True, return_dict=True
+    ).to(model.dtype)
+    difference = (reloaded(**inputs).logits - model(**inputs).logits).abs().max().item()
+    if difference != 0.0:
+        raise RuntimeError(
+            f"The checkpoint in {folder} does not reload to what was saved: logits differ by {difference}."
+        )
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = HfArgumentParser(ComposingArguments).parse_args_into_dataclasses()[0]
+    settings = vars(arguments).copy()
+    output_dir = settings.pop("output_dir")
+    model, processor = compose(**settings)
+    LsmPipeline(model=model, processor=processor, device="cpu").save_pretrained(output_dir)
+    check_checkpoint(output_dir, model)
+    logger.info(
+        "%s: %s parameters, of which the projector has %s; reloaded and checked.",
+        output_dir,
+        f"{model.num_parameters():,}",
+        f"{sum(p.numel() for p in model.model.projector.parameters()):,}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Configuration of a large speech-text model (LSM), and the one place that turns seconds into audio tokens."""
+
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@dataclass(frozen=True)
+class AudioTiming:
+    """
+    The chain from a waveform to the number of vectors that the LLM receives for it:
+
+        samples --(hop_length)--> mel frames --(2)--> encoder frames --(window_size)--> windows --(num_queries)--> tokens
+
+    Every step rounds up, so the shortest clip (one sample) still gives one window, and no clip gives a window that
+    holds padding alone. Audio longer than the encoder can see is cut into chunks of a whole number of windows: the
+    windows of all chunks, put one after another, are the windows of the uncut clip.
+
+    The counting methods take an `int` or an integer `torch.Tensor` and return the same.
+
+    Args:
+        window_size (`int`, *optional*, defaults to 17):
+            Encoder frames per window; at Whisper's 50 frames per second, 17 frames last 0.34 s.
+        num_queries (`int`, *optional*, defaults to 1):
+            Audio tokens per window.
+        max_encoder_frames (`int`, *optional*, defaults to 1500):
+            Frames that the encoder has position embeddings for (30 s for every Whisper).
+        sampling_rate (`int`, *optional*, defaults to 16000):
+            Samples per second of the waveform.
+        hop_length (`int`, *optional*, defaults to 160):
+            Samples from one mel frame to the next.
+    """
+
+    window_size: int = 17
+    num_queries: int = 1
+    max_encoder_frames: int = 1500
+    sampling_rate: int = 16_000
+    hop_length: int = 160
+
+    # Whisper's second convolution has stride 2: a property of its architecture, not a setting.
+    ENCODER_STRIDE = 2
+
+    def __post_init__(self):
+        if not 1 <= self.window_size <= self.max_encoder_frames:
+            raise ValueError(
+                f"`window_size` is {self.window_size}, but a window holds between 1 and {self.max_encoder_frames} encoder "
+                "frames (`max_source_positions` of the speech encoder). The paper uses 17."
+            )
+        if self.num_queries < 1:
+            raise ValueError(f"`num_queries` is {self.num_queries}; every window needs at least 1 audio token.")
+
+    def mel_frames(self, samples):
+        """Mel frames of a waveform with `samples` samples."""
+        return -(-samples // self.hop_length)
+
+    def encoder_frames(self, mel_frames):
+        """Frames that the speech encoder makes of `mel_frames` mel frames."""
+        return -(-mel_frames // self.ENCODER_STRIDE)
+
+    def windows(self, encoder_frames):
+        """Windows that `encoder_frames` encoder frames fill; the last one may be partly filled."""
+        return -(-encoder_frames // self.window_size)
+
+    def audio_tokens(self, mel_frames):
+        """Audio tokens that the LLM receives for one chunk of `mel_frames` mel frames."""
+        return self.windows(self.encoder_frames(mel_frames)) * self.num_queries
+
+    @property
+    def max_samples(self) -> int:
+        """Samples that the encoder can see at once: 30 s for every Whisper."""
+        return self.max_encoder_frames * self.ENCODER_STRIDE * self.hop_length
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples per chunk of long audio: the most that fit into the encoder and fill a whole number of windows."""
+        whole_windows = self.max_encoder_frames // self.window_size
+        return whole_windows * self.window_size * self.ENCODER_STRIDE * self.hop_length
+
+    def chunk_bounds(self, samples: int) -> list[tuple[int, int]]:
+        """Start and end, in samples, of the chunks that a clip of `samples` samples is encoded in."""
+        return [
+            (start, min(start + self.chunk_samples, samples))
+            for start in range(0, max(samples, 1), self.chunk_samples)
+        ]
+
+    def audio_tokens_of_clip(self, samples: int) -> int:
+        """Audio tokens for a whole clip of `samples` samples, however many chunks it takes."""
+        return sum(self.audio_tokens(self.mel_frames(end - start)) for start, end in self.chunk_bounds(samples))
+
+
+@strict
+class LsmConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`LsmForConditionalGeneration`]: a Whisper encoder, a projector and a causal LLM, after
+    [Self-Powered LLM Modality Expansion for Large Speech-Text Models](https://huggingface.co/papers/2410.03798).
+
+    Args:
+        audio_config (`dict` or `WhisperConfig`, *optional*):
+            The Whisper model whose encoder is the speech encoder. Its decoder is not built.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The causal LLM: any that `AutoModel` can build. Defaults to a `LlamaConfig`.
+        audio_token_id (`int`, *optional*, defaults to 0):
+            The token that stands in `input_ids` where an audio embedding goes.
+        encoder_padding (`str`, *optional*, defaults to `"longest"`):
+            `"longest"` encodes a clip at its own duration; `"max_length"` pads it with silence to 30 s and lets the
+            encoder attend to that silence, as Whisper itself does.
+        projector_type (`str`, *optional*, defaults to `"qformer"`):
+            A key of `modeling_lsm.PROJECTORS`: `"qformer"` (window-level Q-Former), `"mlp"` (frames of a window
+            stacked) or `"conv"` (strided convolutions).
+        projector_hidden_size (`int`, *optional*, defaults to 768):
+            Width of the projector.
+        projector_num_layers (`int`, *optional*, defaults to 2):
+            Layers of the Q-Former or of the MLP. The `conv` projector has as many as `window_size` asks for.
+        projector_num_attention_heads (`int`, *optional*, defaults to 12):
+            Attention heads of the Q-Former.
+        projector_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout inside the projector.
+        window_size (`int`, *optional*, defaults to 17):
+            Encoder frames per window, see [`AudioTiming`].
+        num_queries (`int`, *optional*, defaults to 1):
+            Audio tokens per window, see [`AudioTiming`]. Only the Q-Former can make more than one.
+        base_models (`dict`, *optional*):
+            Where the pretrained parts come from: `{"speech": …, "text": …}`, each with `id`, `revision`, `license`.
+        trained_parts (`list[str]`, *optional*):
+            Which of `"encoder"`, `"projector"`, `"llm"` were trained since the model was composed. Empty for a model
+            fresh from composing, whose projector is random.
+
+    Example:
+
+    ```python
+    >>> from modeling_lsm import LsmConfig, LsmForConditionalGeneration
+
+    >>> config = LsmConfig(window_size=17)
+    >>> config.timing.audio_tokens_of_clip(10 * 16_000)  # 10 s of audio
+    30
+    ```"""
+
+    model_type = "lsm"
+    sub_configs_defaults = {
+        "audio_config": WhisperConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 0
+    encoder_padding: str = "longest"
+    projector_type: str = "qformer"
+    projector_hidden_size: int = 768
+    projector_num_layers: int = 2
+    projector_num_attention_heads: int = 12
+    projector_dropout: float | int = 0.0
+    window_size: int = 17
+    num_queries: int = 1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool | None = None
+    base_models: dict | None = None
+    trained_parts: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # Weight tying reads the top level; the LLM is the one who knows.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if self.encoder_padding not in ("longest", "max_length"):
+            raise ValueError(
+                f"`encoder_padding` is {self.encoder_padding!r}; expected 'longest' (a clip costs what it lasts) or "
+                "'max_length' (Whisper's own 30 s)."
+            )
+        self.timing  # noqa: B018 -- refuses impossible window sizes here rather than at the first clip
+
+    @property
+    def timing(self) -> AudioTiming:
+        """The time arithmetic of this model, an [`AudioTiming`]."""
+        return AudioTiming(
+            window_size=self.window_size,
+            num_queries=self.num_queries,
+            max_encoder_frames=self.audio_config.max_source_positions,
+        )
+
+
+__all__ = ["AudioTiming", "LsmConfig"]

@@ -1,0 +1,559 @@
+"""
+A large speech-text model: Whisper encoder → projector → causal LLM, in one `PreTrainedModel`.
+
+Nothing that one clip yields depends on the other clips of its batch: the encoder masks every layer that could look
+past the end of a clip, windows have a fixed duration, and windows of padding are never made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_lsm import LsmConfig
+
+
+class LsmSpeechEncoder(WhisperEncoder):
+    """
+    Whisper's encoder for audio of any length up to 30 s. The weights and their names are Whisper's own.
+
+    `WhisperEncoder` insists on 30 s of mel frames. This one takes fewer, with the position embeddings cut to match,
+    and with a mask that keeps the frames after the end of a clip from reaching the ones before it.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # a whole Whisper loads without a remark
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(chunks, num_mel_bins, mel_frames)`):
+                Log-mel spectrograms, at most `2 * max_source_positions` frames long.
+            input_features_mask (`torch.Tensor` of shape `(chunks, mel_frames)`, *optional*):
+                1 for the frames of the clip, 0 for padding after it. Without it every frame counts, as in Whisper.
+
+        Returns:
+            [`BaseModelOutput`] whose `last_hidden_state` has the shape `(chunks, ceil(mel_frames / 2), d_model)`.
+            What stands there after the end of a clip is undefined.
+        """
+        max_mel_frames = self.max_source_positions * self.conv2.stride[0]
+        if input_features.shape[-1] > max_mel_frames:
+            raise ValueError(
+                f"`input_features` has {input_features.shape[-1]} mel frames, more than the {max_mel_frames} that this "
+                "encoder has positions for. `LsmProcessor` splits longer audio into chunks: use it to prepare audio."
+            )
+        if input_features_mask is not None:
+            # A convolution at the end of a clip must see zeros there, as it would without batch-mates.
+            mel_mask = input_features_mask[:, None, :].to(input_features.dtype)
+            input_features = input_features * mel_mask
+
+        hidden_states = nn.functional.gelu(self.conv1(input_features))
+        if input_features_mask is not None:
+            hidden_states = hidden_states * mel_mask
+        hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)  # [chunks, frames, d_model]
+        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+
+        attention_mask = None
+        if input_features_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=input_features_mask[:, :: self.conv2.stride[0]],
+            )
+        for layer in self.layers:
+            if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
+                continue  # LayerDrop, https://huggingface.co/papers/1909.11556
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
+    """Boolean mask of shape `(batch, max_length)`, `True` for the first `lengths[i]` positions of row `i`."""
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+
+
+def split_into_windows(
+    hidden_states: torch.Tensor, lengths: torch.Tensor, config: LsmConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cuts encoder frames into windows of `config.window_size` frames and keeps the windows that hold speech.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(chunks, frames, d_model)`): Encoder output.
+        lengths (`torch.Tensor` of shape `(chunks,)`): Frames of each chunk that are not padding.
+        config ([`LsmConfig`]): Gives the window size.
+
+    Returns:
+        The windows, `(windows, window_size, d_model)`, with zeros after the end of a clip, and their mask,
+        `(windows, window_size)`. All windows of the first chunk come first, in order of time.
+    """
+    chunks, frames, _ = hidden_states.shape
+    window_counts = config.timing.windows(lengths)  # [chunks]
+    max_windows = config.timing.windows(frames)
+    padded_frames = max_windows * config.window_size
+    frame_mask = length_mask(lengths, padded_frames)
+    hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, padded_frames - frames))
+    hidden_states = hidden_states * frame_mask[..., None].to(hidden_states.dtype)
+
+    keep = length_mask(window_counts, max_windows)  # [chunks, max_windows]
+    windows = hidden_states.view(chunks, max_windows, config.window_size, -1)[keep]
+    return windows, frame_mask.view(chunks, max_windows, config.window_size)[keep]
+
+
+class LsmQFormerProjector(nn.Module):
+    """
+    Window-level Q-Former: `num_queries` learned queries attend to the frames of one window at a time
+    ([Yu et al., 2024](https://huggingface.co/papers/2410.03798), after
+    [BLIP-2](https://huggingface.co/papers/2301.12597)). Cross-attention in every layer.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        self.config = config
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        self.queries = nn.Parameter(torch.zeros(1, config.num_queries, width))
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=width,
+                num_hidden_layers=config.projector_num_layers,
+                num_attention_heads=config.projector_num_attention_heads,
+                intermediate_size=4 * width,
+                hidden_dropout_prob=config.projector_dropout,
+                attention_probs_dropout_prob=config.projector_dropout,
+                cross_attention_frequency=1,
+                encoder_hidden_size=config.audio_config.d_model,
+            )
+        )
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        query_states = self.qformer(
+            query_embeds=self.queries.expand(len(windows), -1, -1),
+            encoder_hidden_states=windows,
+            encoder_attention_mask=mask,
+        ).last_hidden_state  # [windows, num_queries, width]
+        return self.output(query_states.flatten(0, 1))
+
+
+class LsmMlpProjector(nn.Module):
+    """Frame stacking and an MLP: the frames of a window, put side by side, give one audio token."""
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        require_one_query(config)
+        self.config = config
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        in_features = [config.window_size * config.audio_config.d_model] + [width] * (config.projector_num_layers - 1)
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in in_features)
+        self.dropout = nn.Dropout(config.projector_dropout)
+        self.output_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        stacked = windows.flatten(1)  # [windows, window_size * d_model]
+        for layer in self.layers:
+            stacked = self.dropout(ACT2FN["gelu"](layer(stacked)))
+        return self.output(self.output_norm(stacked))
+
+
+class LsmConvProjector(nn.Module):
+    """
+    Strided convolutions: each halves the frame rate, so `window_size` is a power of two, and an audio token sees a
+    little of the windows beside its own.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        require_one_query(config)
+        num_layers = config.window_size.bit_length() - 1
+        if config.window_size != 2**num_layers or num_layers < 1:
+            raise ValueError(
+                f"The conv projector halves the frame rate with every layer, so `window_size` must be a power of two, "
+                f"got {config.window_size}. Use 8 or 16, or projector_type='qformer', which takes any window size."
+            )
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        channels = [config.audio_config.d_model] + [width] * num_layers
+        self.layers = nn.ModuleList(
+            nn.Conv1d(channels[i], channels[i + 1], kernel_size=3, stride=2, padding=1) for i in range(num_layers)
+        )
+        self.dropout = nn.Dropout(config.projector_dropout)
+        self.output_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.layer_norm(hidden_states).transpose(1, 2)  # [chunks, d_model, frames]
+        for layer in self.layers:
+            mask = length_mask(lengths, hidden_states.shape[-1])[:, None, :]
+            hidden_states = self.dropout(ACT2FN["gelu"](layer(hidden_states * mask.to(hidden_states.dtype))))
+            lengths = -(-lengths // 2)
+        hidden_states = hidden_states.transpose(1, 2)  # [chunks, windows, width]
+        packed = hidden_states[length_mask(lengths, hidden_states.shape[1])]
+        return self.output(self.output_norm(packed))
+
+
+def require_one_query(config: LsmConfig) -> None:
+    """Raises a `ValueError` unless `config` asks for one audio token per window."""
+    if config.num_queries != 1:
+        raise ValueError(
+            f"`num_queries` is {config.num_queries}, but the {config.projector_type} projector makes exactly 1 audio "
+            "token per window. Set num_queries=1 or projector_type='qformer'."
+        )
+
+
+# A projector maps encoder output `(chunks, frames, d_model)` and the chunks' lengths `(chunks,)`, in frames, to packed
+# audio embeddings `(audio tokens, LLM width)`, as many per chunk as `AudioTiming.audio_tokens` says, through a last
+# layer called `output` whose input has unit variance. To add one, add it here.
+PROJECTORS = {"qformer": LsmQFormerProjector, "mlp": LsmMlpProjector, "conv": LsmConvProjector}
+
+
+@dataclass
+class LsmModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    [`BaseModelOutputWithPast`] with the audio embeddings.
+
+    Args:
+        audio_hidden_states (`torch.Tensor` of shape `(audio tokens, hidden_size)`, *optional*):
+            What the projector made of all clips of the batch, in prompt order.
+    """
+
+    audio_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LsmCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    [`CausalLMOutputWithPast`] with the audio embeddings.
+
+    Args:
+        audio_hidden_states (`torch.Tensor` of shape `(audio tokens, hidden_size)`, *optional*):
+            What the projector made of all clips of the batch, in prompt order.
+    """
+
+    audio_hidden_states: torch.Tensor | None = None
+
+
+class LsmPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and capabilities shared by the two LSM classes."""
+
+    config: LsmConfig
+    base_model_prefix = "model"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    # The parts do the attending: each takes the implementation set on its own config.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LsmQFormerProjector):
+            init.normal_(module.queries, std=self.config.initializer_range)
+
+
+class LsmModel(LsmPreTrainedModel):
+    """
+    The LSM without a language modeling head: `audio_tower` (Whisper's encoder), `projector` and `language_model`.
+
+    Args:
+        config ([`LsmConfig`]): Configuration. Weights are random: pretrained parts are put together by
+            `modeling_lsm.composing`, whole checkpoints loaded with `from_pretrained`.
+
+    Raises:
+        ValueError: If `config.projector_type` is unknown or does not fit `window_size` or `num_queries`.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__(config)
+        if config.projector_type not in PROJECTORS:
+            raise ValueError(
+                f"`projector_type` is {config.projector_type!r}; expected one of {', '.join(map(repr, PROJECTORS))}."
+            )
+        self.audio_tower = LsmSpeechEncoder._from_config(config.audio_config)
+        self.projector = PROJECTORS[config.projector_type](config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @property
+    def _encoder_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.audio_tower.parameters())
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and self._encoder_is_frozen:
+            self.audio_tower.eval()  # a frozen encoder gives the same features in training as in use
+        return self
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Encodes clips and projects them into the LLM's embedding space.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(chunks, num_mel_bins, mel_frames)`):
+                Log-mel spectrograms: all clips of the batch along the first dimension, in prompt order; a clip longer
+                than the encoder can see takes several rows.
+            input_features_mask (`torch.Tensor` of shape `(chunks, mel_frames)`, *optional*):
+                1 for the frames of a clip, 0 for padding after it. Without it every frame counts.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `last_hidden_state` is the encoder's output, `(chunks, frames, d_model)`;
+            `pooler_output` holds the audio embeddings of all clips, packed: `(audio tokens, hidden_size)`.
+        """
+        if input_features_mask is None:
+            input_features_mask = input_features.new_ones(input_features.shape[::2], dtype=torch.long)
+        # Gradient checkpointing makes the inputs of the encoder's first layer require gradients, so that autograd
+        # would run through a frozen encoder if it were not told otherwise.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_is_frozen):
+            audio_outputs = self.audio_tower(
+                input_features.to(self.audio_tower.conv1.weight.dtype),
+                input_features_mask=input_features_mask if self.config.encoder_padding == "longest" else None,
+                **kwargs,
+            )
+        lengths = self.config.timing.encoder_frames(input_features_mask.sum(-1))
+        audio_embeds = self.projector(audio_outputs.last_hidden_state, lengths)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=audio_outputs.last_hidden_state,
+            pooler_output=audio_embeds,
+            hidden_states=audio_outputs.hidden_states,
+            attentions=audio_outputs.attentions,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor, audio_features: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Finds where the audio embeddings go.
+
+        Returns:
+            `torch.Tensor`: Boolean mask of the shape of `inputs_embeds`.
+
+        Raises:
+            ValueError: If there are more or fewer placeholders in `input_ids` than rows in `audio_features`.
+        """
+        mask = input_ids == self.config.audio_token_id
+        torch_compilable_check(
+            mask.sum() == audio_features.shape[0],
+            lambda: (
+                f"`input_ids` holds {int(mask.sum())} audio placeholders (token {self.config.audio_token_id}), but "
+                f"`input_features` gives {audio_features.shape[0]} audio embeddings. Prepare both in one call of the "
+                "`LsmProcessor` that was saved with this model, and do not truncate its output."
+            ),
+        )
+        return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LsmModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                Token ids, with `config.audio_token_id` wherever an audio embedding goes.
+            input_features (`torch.Tensor` of shape `(chunks, num_mel_bins, mel_frames)`, *optional*):
+                Log-mel spectrograms of all clips of the batch, see [`~LsmModel.get_audio_features`].
+            input_features_mask (`torch.Tensor` of shape `(chunks, mel_frames)`, *optional*):
+                1 for the frames of a clip, 0 for padding after it.
+            attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+                As in every causal LM of transformers.
+
+        Returns:
+            [`LsmModelOutputWithPast`] whose `last_hidden_state` has the shape `(batch, sequence, hidden_size)`.
+
+        Raises:
+            ValueError: If audio placeholders and audio embeddings do not match in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if input_features is not None and input_ids is None:
+            raise ValueError("`input_features` needs `input_ids`, whose placeholders say where the audio goes.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        audio_embeds = None
+        if input_features is not None:
+            audio_embeds = self.get_audio_features(
+                input_features, input_features_mask, return_dict=True
+            ).pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            audio_mask = self.get_placeholder_mask(input_ids, inputs_embeds, audio_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(audio_mask, audio_embeds)
+        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            # Only where a prompt begins: generated tokens cannot be placeholders, and looking costs a GPU sync.
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return LsmModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio_hidden_states=audio_embeds,
+        )
+
+
+class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
+    """
+    The LSM with its language modeling head: takes speech and text, answers in text.
+
+    Args:
+        config ([`LsmConfig`]): Configuration.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    >>> checkpoint = "path/or/hub-id"
+    >>> processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    >>> model = AutoModelForMultimodalLM.from_pretrained(checkpoint, trust_remote_code=True)
+
+    >>> chat = [
+    ...     {
+    ...         "role": "user",
+    ...         "content": [
+    ...             {"type": "text", "text": "Translate into French.\n\n"},
+    ...             {"type": "audio", "path": "clip.flac"},
+    ...         ],
+    ...     }
+    ... ]
+    >>> inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    >>> answer = model.generate(**inputs, max_new_tokens=64)
+    >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ```"""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: LsmConfig):
+        super().__init__(config)
+        self.model = LsmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Most LLMs call their input embeddings `embed_tokens`; GPT-2 and its kin do not.
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_audio_features(self, input_features, input_features_mask=None, **kwargs):
+        """See [`LsmModel.get_audio_features`]."""
+        return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LsmCausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                Token ids to predict, -100 where nothing is to be learnt: prompts, audio placeholders, padding.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                The last positions (or the positions given) whose logits are computed; 0 for all.
+
+        The other arguments are those of [`LsmModel.forward`].
+
+        Returns:
+            [`LsmCausalLMOutputWithPast`] whose `logits` have the shape `(batch, sequence, vocab_size)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LsmCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio_hidden_states=outputs.audio_hidden_states,
+        )
+
+
+__all__ = ["PROJECTORS", "LsmForConditionalGeneration", "LsmModel", "LsmPreTrainedModel", "LsmSpeechEncoder"]

@@ -1,0 +1,295 @@
+"""`pipeline("audio-text-to-text")` for LSMs, and the one way in which a whole checkpoint is saved and published."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import GenerationConfig, Pipeline
+from transformers.dynamic_module_utils import custom_object_save
+
+from .modeling_lsm import LsmForConditionalGeneration
+from .processing_lsm import make_chat
+
+TASK = "audio-text-to-text"
+# What the config of a checkpoint says, so that `pipeline()` finds this class in the checkpoint's own files.
+CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_lsm.LsmPipeline", "pt": ["AutoModelForMultimodalLM"]}}
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: audio-text-to-text
+tags:
+- speech
+- lsm
+{metadata}---
+
+# {title}
+
+A large speech-text model: it takes speech and a written instruction and answers in text. A frozen Whisper encoder hears,
+a {projector_type} projector turns every {window_seconds:.2f} s into {num_queries} vector(s), a causal LLM reads them among the words.
+
+| part | from | licence | parameters | trained here |
+| --- | --- | --- | ---: | --- |
+{rows}
+| **total** | | | **{total:,}** | **{trained:,}** |
+
+{training}
+
+## Use
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("audio-text-to-text", model="{name}", trust_remote_code=True)
+print(pipe("clip.flac", text="Transcribe the speech.", max_new_tokens=64))
+```
+
+`pipe` takes a file, an array with its `sampling_rate`, a list of them, or a chat with `{{"type": "audio"}}` items. It needs
+`transformers>=5.23`, `torch`, `soundfile`, and `torchaudio` or `soxr` for audio that is not at 16 kHz.
+
+Method: [Self-Powered LLM Modality Expansion for Large Speech-Text Models](https://huggingface.co/papers/2410.03798).
+"""
+
+
+class LsmPipeline(Pipeline):
+    """
+    Answers a written instruction about speech, with an [`LsmForConditionalGeneration`] and its [`LsmProcessor`].
+
+    Arguments of `generate` (`max_new_tokens`, `do_sample`, `num_beams`, `streamer`, …) may be given to the pipeline or
+    to a call. Without any, an answer has at most 256 tokens.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("audio-text-to-text", model="path/or/hub-id", trust_remote_code=True)
+    >>> pipe("clip.flac", text="Translate into French.", max_new_tokens=64)
+    [{'generated_text': '…'}]
+
+    >>> # as it is written, token by token
+    >>> from transformers import TextStreamer
+
+    >>> pipe("clip.flac", text="Sum this up.", streamer=TextStreamer(pipe.tokenizer, skip_prompt=True))
+    ```"""
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError("The pipeline got no processor; pass `processor=` the one that was saved with the model.")
+        self.processor.check_matches(self.model.config)
+
+    def _sanitize_parameters(self, return_full_text: bool | None = None, generate_kwargs=None, **kwargs):
+        postprocess_params = {} if return_full_text is None else {"return_full_text": return_full_text}
+        return {}, {"generate_kwargs": {**(generate_kwargs or {}), **kwargs}}, postprocess_params
+
+    def __call__(
+        self,
+        audio: Any = None,
+        text: str | list[str] | None = None,
+        sampling_rate: int | None = None,
+        batch_size: int | None = None,
+        **kwargs,
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """
+        Answers one or many questions.
+
+        Args:
+            audio (*optional*):
+                A clip: a path, URL, `bytes`, array, or a `datasets` dict (see [`load_waveform`]); a list of clips, each
+                of which is asked about by itself; or a chat or a list of chats, which `text` then stays away from.
+            text (`str` or `list[str]`, *optional*):
+                The instruction, or one for each clip. Without `audio` it is asked of the LLM alone.
+            sampling_rate (`int`, *optional*):
+                Samples per second of clips that are bare arrays. Defaults to the encoder's own rate.
+            batch_size (`int`, *optional*, defaults to 1):
+                Questions answered at a time. No answer depends on it.
+            return_full_text (`bool`, *optional*):
+                With chats: return the chat with the answer appended (the default) or, if `False`, the answer alone.
+            kwargs:
+                Arguments of `generate`.
+
+        Returns:
+            `list[dict]`: `[{"generated_text": …}]`, with more entries if `num_return_sequences` asks for them; for a
+            list of clips, chats or texts a list of such lists, in order.
+        """
+        given = text if audio is None else audio
+        chats_given = is_chat(given) or (isinstance(given, list) and bool(given) and all(map(is_chat, given)))
+        if chats_given and audio is not None and text is not None:
+            raise ValueError("A chat holds its own instruction: pass either a chat, or `audio` with `text`.")
+        many = isinstance(given, list) and not is_chat(given) or isinstance(text, list) and not chats_given
+        if chats_given:
+            chats = given if many else [given]
+        else:
+            chats = self._make_chats(audio, text, sampling_rate)
+        if batch_size is None:
+            batch_size = self._batch_size or 1
+        # Batches are formed here and padded by the processor: the base class would pad every tensor on one side.
+        batches = [
+            {"chats": chats[start : start + batch_size], "chats_given": chats_given}
+            for start in range(0, len(chats), batch_size)
+        ]
+        answers = [answer for batch in super().__call__(batches, batch_size=1, **kwargs) for answer in batch]
+        return answers if many else answers[0]
+
+    def _make_chats(self, audio: Any, text: str | list[str] | None, sampling_rate: int | None) -> list[list[dict]]:
+        """One chat for every clip and its instruction."""
+        if text is None:
+            raise ValueError(
+                'There is no instruction. Say what to do with the audio: pipe(clip, text="Transcribe it.").'
+            )
+        size = next((len(value) for value in (audio, text) if isinstance(value, list)), 1)
+        clips = audio if isinstance(audio, list) else [audio] * size
+        instructions = text if isinstance(text, list) else [text] * size
+        if len(clips) != len(instructions):
+            raise ValueError(
+                f"There are {len(clips)} clips and {len(instructions)} instructions. Pass one instruction, or one a clip."
+            )
+        chats = []
+        for clip, instruction in zip(clips, instructions, strict=True):
+            if clip is None:
+                chats.append([{"role": "user", "content": instruction}])
+                continue
+            chats.append(make_chat(instruction, audio=clip))
+            if sampling_rate is not None:
+                chats[-1][0]["content"][-1]["sampling_rate"] = sampling_rate
+        return chats
+
+    def preprocess(self, inputs):
+        model_inputs = self.processor.apply_chat_template(
+            inputs["chats"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return {**inputs, "model_inputs": model_inputs.to(self.model.dtype)}
+
+    def _forward(self, inputs, generate_kwargs=None):
+        model_inputs = inputs.pop("model_inputs")
+        sequences = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generate_kwargs or {}))
+        return {**inputs, "new_tokens": sequences[:, model_inputs["input_ids"].shape[1] :]}
+
+    def postprocess(self, outputs, return_full_text: bool = True):
+        texts = self.processor.batch_decode(outputs["new_tokens"], skip_special_tokens=True)
+        chats = outputs["chats"]
+        per_chat = len(texts) // len(chats)
+        answers = [[] for _ in chats]
+        for index, answer in enumerate(texts):
+            chat = chats[index // per_chat]
+            if outputs["chats_given"] and return_full_text:
+                answer = [*chat, {"role": "assistant", "content": answer}]
+            answers[index // per_chat].append({"generated_text": answer})
+        return answers
+
+    def save_pretrained(self, save_directory: str | os.PathLike, name: str | None = None, **kwargs):
+        """
+        Saves a checkpoint that loads with `trust_remote_code=True` where this package is not installed: weights,
+        config, processor, the code of all of them and of this pipeline, and a model card.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to save to.
+            name (`str`, *optional*):
+                Name of the checkpoint in its card. Defaults to the folder's.
+            kwargs:
+                Arguments of the model's `save_pretrained`, like `max_shard_size`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.custom_pipelines = CUSTOM_PIPELINES
+        self.model.save_pretrained(folder, **kwargs)
+        self.processor.save_pretrained(folder)
+        custom_object_save(self, folder)
+        (folder / "README.md").write_text(model_card(self.model, name or folder.resolve().name), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload model, processor, pipeline and card",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> str:
+        """
+        Publishes everything that [`~LsmPipeline.save_pretrained`] saves, in one commit.
+
+        Args:
+            repo_id (`str`): Repository on the Hub, made if it does not exist.
+            commit_message (`str`, *optional*): Message of the commit.
+            private (`bool`, *optional*): Whether a new repository is private.
+            token (`bool` or `str`, *optional*): Token for the Hub. Defaults to the one of `hf auth login`.
+            revision (`str`, *optional*): Branch to commit to. Defaults to the main one.
+            kwargs: Arguments of the model's `save_pretrained`, like `max_shard_size`.
+
+        Returns:
+            `str`: Address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, name=repo_id, **kwargs)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+            )
+        return commit.commit_url
+
+
+def is_chat(value: Any) -> bool:
+    """Whether `value` is one chat: a list of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def model_card(model: LsmForConditionalGeneration, name: str) -> str:
+    """The README of a checkpoint called `name`, in Markdown: parts, licences, parameter counts, how to use it."""
+    config = model.config
+    base_models = config.base_models or {}
+    trained_parts = config.trained_parts or []
+    parts = {
+        "encoder": ("speech encoder", base_models.get("speech", {}), model.model.audio_tower),
+        "projector": (f"{config.projector_type} projector", {"id": "this model"}, model.model.projector),
+        "llm": ("LLM", base_models.get("text", {}), model.model.language_model),
+    }
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, (_, _, module) in parts.items()}
+    total = model.num_parameters()  # counts tied weights once
+    counts["llm"] = total - counts["encoder"] - counts["projector"]  # with the head, where it is not tied
+    rows = "\n".join(
+        f"| {label} | {base.get('id', 'unknown')} | {base.get('license') or '–'} | {counts[part]:,} | "
+        f"{'yes' if part in trained_parts else 'no'} |"
+        for part, (label, base, _) in parts.items()
+    )
+    if trained_parts:
+        training = f"Trained: {', '.join(trained_parts)}. Everything else is as its authors published it."
+    else:
+        training = "**Not trained yet**: the projector is random, so answers about speech mean nothing."
+    ids = [base["id"] for base in base_models.values() if base.get("id")]
+    licenses = {base["license"] for base in base_models.values() if base.get("license")}
+    metadata = "".join(f"- {id_}\n" for id_ in ids)
+    metadata = f"base_model:\n{metadata}" if ids else ""
+    if len(licenses) == 1:
+        metadata += f"license: {licenses.pop()}\n"
+    return CARD.format(
+        title=name.rsplit("/", 1)[-1],
+        name=name,
+        metadata=metadata,
+        rows=rows,
+        total=total,
+        trained=sum(counts[part] for part in trained_parts),
+        training=training,
+        projector_type=config.projector_type,
+        num_queries=config.num_queries,
+        window_seconds=config.window_size
+        * config.timing.ENCODER_STRIDE
+        * config.timing.hop_length
+        / config.timing.sampling_rate,
+    )
+
+
+__all__ = ["LsmPipeline", "model_card"]
