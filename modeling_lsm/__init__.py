@@ -8,6 +8,7 @@ from .modeling_lsm import PROJECTORS, LsmForConditionalGeneration, LsmModel, Lsm
 from .pipeline_lsm import TASK, LsmPipeline
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, load_waveform, make_chat
 
+
 __version__ = "0.1.0"
 
 AutoConfig.register(LsmConfig.model_type, LsmConfig)

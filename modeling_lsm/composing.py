@@ -35,6 +35,7 @@ from .modeling_lsm import PROJECTORS, LsmForConditionalGeneration, LsmSpeechEnco
 from .pipeline_lsm import LsmPipeline
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, make_chat
 
+
 logger = logging.getLogger(__name__)
 
 TEMPLATE_DIR = Path(__file__).parent / "chat_templates"
@@ -80,8 +81,8 @@ def read_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         template = tokenizer.chat_template
         if template is None:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path} has no chat template. Name one with --chat_template: a Jinja "
-                f"file, or one of {', '.join(available)}."
+                f"The tokenizer of {tokenizer.name_or_path} has no chat template. Name one with --chat_template: a "
+                f"Jinja file, or one of {', '.join(available)}."
             )
     elif name in available:
         template = (TEMPLATE_DIR / f"{name}.jinja").read_text(encoding="utf-8")
@@ -198,8 +199,9 @@ def compose(
     difference = (reference_logits(model, tokenizer)[..., : reference.shape[-1]] - reference).abs().max().item()
     if not difference <= 1e-4 * max(1.0, reference.abs().max().item()):
         raise ValueError(
-            f"{text_model} ({config.text_config.model_type}) computes its logits in a way that an LSM does not copy: they "
-            f"differ by {difference:.3g}. LLMs that scale or cap their logits, or whose head has a bias, are not supported."
+            f"{text_model} ({config.text_config.model_type}) computes its logits in a way that an LSM does not copy: "
+            f"they differ by {difference:.3g}. LLMs that scale or cap their logits, or whose head has a bias, are not "
+            "supported."
         )
     return model, processor
 

@@ -12,7 +12,7 @@ class AudioTiming:
     """
     The chain from a waveform to the number of vectors that the LLM receives for it:
 
-        samples --(hop_length)--> mel frames --(2)--> encoder frames --(window_size)--> windows --(num_queries)--> tokens
+        samples --hop_length--> mel frames --2--> encoder frames --window_size--> windows --num_queries--> tokens
 
     Every step rounds up, so the shortest clip (one sample) still gives one window, and no clip gives a window that
     holds padding alone. Audio longer than the encoder can see is cut into chunks of a whole number of windows: the
@@ -45,8 +45,8 @@ class AudioTiming:
     def __post_init__(self):
         if not 1 <= self.window_size <= self.max_encoder_frames:
             raise ValueError(
-                f"`window_size` is {self.window_size}, but a window holds between 1 and {self.max_encoder_frames} encoder "
-                "frames (`max_source_positions` of the speech encoder). The paper uses 17."
+                f"`window_size` is {self.window_size}, but a window holds between 1 and {self.max_encoder_frames} "
+                "encoder frames (`max_source_positions` of the speech encoder). The paper uses 17."
             )
         if self.num_queries < 1:
             raise ValueError(f"`num_queries` is {self.num_queries}; every window needs at least 1 audio token.")

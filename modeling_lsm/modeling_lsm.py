@@ -63,8 +63,8 @@ class LsmSpeechEncoder(WhisperEncoder):
         max_mel_frames = self.max_source_positions * self.conv2.stride[0]
         if input_features.shape[-1] > max_mel_frames:
             raise ValueError(
-                f"`input_features` has {input_features.shape[-1]} mel frames, more than the {max_mel_frames} that this "
-                "encoder has positions for. `LsmProcessor` splits longer audio into chunks: use it to prepare audio."
+                f"`input_features` has {input_features.shape[-1]} mel frames, more than the {max_mel_frames} that "
+                "this encoder has positions for. `LsmProcessor` splits longer audio into chunks: use it to prepare audio."
             )
         if input_features_mask is not None:
             # A convolution at the end of a clip must see zeros there, as it would without batch-mates.

@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .modeling_lsm import LsmForConditionalGeneration
 from .processing_lsm import make_chat
 
+
 TASK = "audio-text-to-text"
 # What the config of a checkpoint says, so that `pipeline()` finds this class in the checkpoint's own files.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_lsm.LsmPipeline", "pt": ["AutoModelForMultimodalLM"]}}
@@ -27,8 +28,9 @@ tags:
 
 # {title}
 
-A large speech-text model: it takes speech and a written instruction and answers in text. A frozen Whisper encoder hears,
-a {projector_type} projector turns every {window_seconds:.2f} s into {num_queries} vector(s), a causal LLM reads them among the words.
+A large speech-text model: it takes speech and a written instruction and answers in text. A Whisper encoder hears, a
+{projector_type} projector turns every {window_seconds:.2f} s into {num_queries} vector(s), a causal LLM reads them
+among the words.
 
 | part | from | licence | parameters | trained here |
 | --- | --- | --- | ---: | --- |
@@ -46,8 +48,8 @@ pipe = pipeline("audio-text-to-text", model="{name}", trust_remote_code=True)
 print(pipe("clip.flac", text="Transcribe the speech.", max_new_tokens=64))
 ```
 
-`pipe` takes a file, an array with its `sampling_rate`, a list of them, or a chat with `{{"type": "audio"}}` items. It needs
-`transformers>=5.23`, `torch`, `soundfile`, and `torchaudio` or `soxr` for audio that is not at 16 kHz.
+`pipe` takes a file, an array with its `sampling_rate`, a list of them, or a chat with `{{"type": "audio"}}` items. It
+needs `transformers>=5.23`, `torch`, `soundfile`, and `torchaudio` or `soxr` for audio that is not at 16 kHz.
 
 Method: [Self-Powered LLM Modality Expansion for Large Speech-Text Models](https://huggingface.co/papers/2410.03798).
 """
@@ -106,8 +108,8 @@ class LsmPipeline(Pipeline):
 
         Args:
             audio (*optional*):
-                A clip: a path, URL, `bytes`, array, or a `datasets` dict (see [`load_waveform`]); a list of clips, each
-                of which is asked about by itself; or a chat or a list of chats, which `text` then stays away from.
+                A clip: a path, URL, `bytes`, array, or a `datasets` dict (see [`load_waveform`]); a list of clips,
+                each of which is asked about by itself; or a chat or a list of chats, which `text` then stays away from.
             text (`str` or `list[str]`, *optional*):
                 The instruction, or one for each clip. Without `audio` it is asked of the LLM alone.
             sampling_rate (`int`, *optional*):
@@ -153,7 +155,8 @@ class LsmPipeline(Pipeline):
         instructions = text if isinstance(text, list) else [text] * size
         if len(clips) != len(instructions):
             raise ValueError(
-                f"There are {len(clips)} clips and {len(instructions)} instructions. Pass one instruction, or one a clip."
+                f"There are {len(clips)} clips and {len(instructions)} instructions. Pass one instruction, or one "
+                "for each clip."
             )
         chats = []
         for clip, instruction in zip(clips, instructions, strict=True):

@@ -17,6 +17,7 @@ from transformers.audio_utils import load_audio as fetch_audio
 
 from .configuration_lsm import AudioTiming
 
+
 AUDIO_TOKEN = "<|audio|>"
 MAX_CHANNELS = 8
 
@@ -88,7 +89,8 @@ def load_waveform(source: Any, sampling_rate: int | None = None, target_rate: in
             source = source.get("bytes") or source["path"]
         else:
             raise ValueError(
-                f"An audio dict has the keys {sorted(source)}; expected 'array' and 'sampling_rate', 'bytes', or 'path'."
+                f"An audio dict has the keys {sorted(source)}; expected 'array' and 'sampling_rate', "
+                "'bytes', or 'path'."
             )
     elif isinstance(source, tuple):
         source, sampling_rate = source
@@ -167,8 +169,8 @@ def to_mono_float(samples: Any, name: str) -> np.ndarray:
         channel_axis = None
     else:
         raise ValueError(
-            f"The {name} has the shape {samples.shape}; expected (samples,), (channels, samples) or (samples, channels) "
-            f"with at most {MAX_CHANNELS} channels. Pass several clips as a list of arrays."
+            f"The {name} has the shape {samples.shape}; expected (samples,), (channels, samples) or (samples, "
+            f"channels) with at most {MAX_CHANNELS} channels. Pass several clips as a list of arrays."
         )
     dtype = samples.dtype
     samples = samples.astype(np.float32)
@@ -222,7 +224,7 @@ class LsmProcessor(ProcessorMixin):
     Example:
 
     ```python
-    >>> chat = [{"role": "user", "content": [{"type": "text", "text": "Transcribe: "}, {"type": "audio", "path": "a.wav"}]}]
+    >>> chat = make_chat("Transcribe the speech.", audio="clip.wav")
     >>> inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
     >>> inputs["input_features"].shape  # (chunks, mels, mel frames), inputs["input_ids"] is (1, tokens)
     ```"""
@@ -271,7 +273,7 @@ class LsmProcessor(ProcessorMixin):
             text (`str` or `list[str]`):
                 Prompts, with one `audio_token` for every clip. See `apply_chat_template`, which writes them.
             audio (*optional*):
-                A clip or a list of clips, in the order of their placeholders. See [`load_waveform`] for what a clip is.
+                A clip or a list of clips, in the order of their placeholders: anything that [`load_waveform`] takes.
             sampling_rate (`int`, *optional*):
                 Samples per second of clips that are bare arrays. Defaults to the encoder's own rate.
 
