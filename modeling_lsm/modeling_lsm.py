@@ -501,6 +501,25 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         """See [`LsmModel.get_audio_features`]."""
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, input_features=None, **model_kwargs
+    ):
+        # A row may hold several chunks, of which the base class would make [a, a, b, b] rather than [a, b, a, b].
+        audio = {}
+        if input_features is not None:
+            mask = model_kwargs.pop("input_features_mask", None)
+            if mask is None:
+                mask = input_features.new_ones(input_features.shape[::2], dtype=torch.long)
+            chunk_ends = self.config.timing.audio_tokens(mask.sum(-1)).cumsum(0)
+            row_ends = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0).to(chunk_ends.device)
+            rows = torch.searchsorted(row_ends, chunk_ends)  # [chunks], the row that each belongs to
+            order = rows.repeat(expand_size).argsort(stable=True) % len(rows)
+            audio = {"input_features": input_features[order], "input_features_mask": mask[order]}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **audio}
+
     @can_return_tuple
     def forward(
         self,
