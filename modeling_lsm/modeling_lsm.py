@@ -64,7 +64,7 @@ class LsmSpeechEncoder(WhisperEncoder):
         if input_features.shape[-1] > max_mel_frames:
             raise ValueError(
                 f"`input_features` has {input_features.shape[-1]} mel frames, more than the {max_mel_frames} that "
-                "this encoder has positions for. `LsmProcessor` splits longer audio into chunks: use it to prepare audio."
+                "this encoder has positions for. `LsmProcessor` splits longer clips into chunks: prepare audio with it."
             )
         if input_features_mask is not None:
             # A convolution at the end of a clip must see zeros there, as it would without batch-mates.

@@ -109,7 +109,7 @@ class LsmPipeline(Pipeline):
         Args:
             audio (*optional*):
                 A clip: a path, URL, `bytes`, array, or a `datasets` dict (see [`load_waveform`]); a list of clips,
-                each of which is asked about by itself; or a chat or a list of chats, which `text` then stays away from.
+                each of which is asked about by itself; or a chat or a list of chats, without `text`.
             text (`str` or `list[str]`, *optional*):
                 The instruction, or one for each clip. Without `audio` it is asked of the LLM alone.
             sampling_rate (`int`, *optional*):
@@ -129,7 +129,9 @@ class LsmPipeline(Pipeline):
         chats_given = is_chat(given) or (isinstance(given, list) and bool(given) and all(map(is_chat, given)))
         if chats_given and audio is not None and text is not None:
             raise ValueError("A chat holds its own instruction: pass either a chat, or `audio` with `text`.")
-        many = isinstance(given, list) and not is_chat(given) or isinstance(text, list) and not chats_given
+        many = isinstance(given, list) and not is_chat(given)
+        if not chats_given:
+            many = many or isinstance(text, list)
         if chats_given:
             chats = given if many else [given]
         else:

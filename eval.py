@@ -1,0 +1,116 @@
+"""
+Evaluates an LSM on speech: word error rate of its transcriptions, and its answers to instructions.
+
+    python eval.py --model_name_or_path outputs/trained --dataset corpus/metadata.jsonl --output_dir outputs/evaluation
+
+Rows need `audio` and `text` (the transcript). Rows that also have `instruction` and `target`, as `augment.py` writes
+them, are answered with their own instruction and listed in the report beside the LLM's answer to the transcript.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import transformers
+from tqdm import tqdm
+from trl import TrlParser
+
+from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
+from modeling_lsm.augmentation.tasks import load_tasks
+from modeling_lsm.data import load_rows
+from modeling_lsm.evaluation import word_error_rate
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvalArguments:
+    """Arguments of `eval.py`."""
+
+    model_name_or_path: str = field(metadata={"help": "LSM checkpoint to evaluate."})
+    dataset: str = field(metadata={"help": "Rows with `audio` and `text`: a manifest, a folder, or a Hub dataset."})
+    output_dir: str = field(metadata={"help": "Folder for predictions.jsonl, results.json and report.md."})
+    split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
+    instruction: str | None = field(
+        default=None, metadata={"help": "How to ask for a transcription. Defaults to the first wording of the task."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    batch_size: int = field(default=8, metadata={"help": "Clips per batch."})
+    max_new_tokens: int = field(default=225, metadata={"help": "Longest answer, in tokens."})
+    dtype: str = field(default="auto", metadata={"help": "dtype that the weights are loaded in."})
+
+
+def main(args: EvalArguments) -> dict:
+    rows = load_rows(args.dataset, args.split, columns=("audio", "text"))
+    if args.limit is not None:
+        rows = rows.select(range(min(args.limit, len(rows))))
+    processor = LsmProcessor.from_pretrained(args.model_name_or_path)
+    model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype, device_map="auto")
+    pipe = LsmPipeline(model=model, processor=processor)
+
+    transcribe = args.instruction or load_tasks(["transcription"], target_language="")[0].instructions[0]
+    questions = [
+        {"audio": row["audio"], "text": row["text"], "task": "transcription", "instruction": transcribe}
+        for row in rows
+    ]
+    if "instruction" in rows.column_names:
+        questions += [row for row in rows if row["task"] != "transcription"]
+
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as predictions,
+        tqdm(total=len(questions), desc="answers", unit="clip") as progress,
+    ):
+        for start in range(0, len(questions), args.batch_size):
+            batch = questions[start : start + args.batch_size]
+            answers = pipe(
+                [row["audio"] for row in batch],
+                text=[row["instruction"] for row in batch],
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                do_sample=False,
+            )
+            for row, answer in zip(batch, answers, strict=True):
+                row["prediction"] = answer[0]["generated_text"]
+                predictions.write(json.dumps({**row, "audio": str(row["audio"])}, ensure_ascii=False) + "\n")
+            progress.update(len(batch))
+
+    transcribed = [row for row in questions if row["task"] == "transcription"]
+    results = {
+        "wer": word_error_rate([row["prediction"] for row in transcribed], [row["text"] for row in transcribed]),
+        "clips": len(transcribed),
+        "arguments": asdict(args),
+        "transformers": transformers.__version__,
+    }
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (output_dir / "report.md").write_text(report(results, questions), encoding="utf-8")
+    logger.info("%s: word error rate %.3f over %d clips.", output_dir, results["wer"], results["clips"])
+    return results
+
+
+def report(results: dict, questions: list[dict]) -> str:
+    """What a person wants to read: the word error rate and the answers, in Markdown."""
+
+    def cell(text: str | None) -> str:
+        return " ".join((text or "").split()).replace("|", "\\|")
+
+    lines = [
+        f"# {results['arguments']['model_name_or_path']}",
+        "",
+        f"Word error rate **{results['wer']:.3f}** over {results['clips']} clips (Whisper's English normalization).",
+        "",
+        "| task | instruction | transcript | the LLM on the transcript | the model on the speech |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in questions:
+        columns = (row["task"], row["instruction"], row["text"], row.get("target"), row["prediction"])
+        lines.append("| " + " | ".join(map(cell, columns)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(TrlParser(EvalArguments).parse_args_and_config()[0])

@@ -1,0 +1,100 @@
+"""
+Durable output: a job is cut into blocks of rows, and a block is either wholly done or not begun.
+
+A block's files are written beside their places and renamed into them, its journal entry last. Whatever stops the job,
+what has no entry is done again, under the same file names: no row is lost, none stands twice. As blocks do not depend
+on each other, several processes may share a job.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+OUTCOMES = ("accepted", "rejected", "unreadable")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, also after a power cut."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class BlockStore:
+    """
+    The output folder of an augmentation job.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder, made if need be.
+        settings (`dict`): Whatever decides what the rows will be. A folder holds rows of one setting only.
+
+    Raises:
+        ValueError: If the folder holds the beginnings of a job with other settings.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, settings: dict[str, Any]):
+        self.output_dir = Path(output_dir)
+        for name in (*OUTCOMES, "journal"):
+            (self.output_dir / name).mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings))
+        path = self.output_dir / "journal" / "settings.json"
+        if not path.is_file():
+            write_atomically(path, json.dumps(settings, indent=2).encode())
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in keys)
+            raise ValueError(
+                f"{output_dir} holds a job with other settings: {changes}. Go on with the old ones, or choose another "
+                "--output_dir."
+            )
+
+    def entry(self, block: int) -> Path:
+        """Where the journal entry of a block is, once it is done."""
+        return self.output_dir / "journal" / f"{block:06d}.json"
+
+    def is_done(self, block: int) -> bool:
+        """Whether a block has been written."""
+        return self.entry(block).is_file()
+
+    def write(self, block: int, rows: dict[str, list[dict[str, Any]]], counts: dict[str, int]) -> None:
+        """
+        Writes a block.
+
+        Args:
+            block (`int`): Its index.
+            rows (`dict[str, list[dict]]`): Rows by outcome, one of `"accepted"`, `"rejected"`, `"unreadable"`.
+            counts (`dict[str, int]`): Figures to add up over all blocks.
+        """
+        for outcome in OUTCOMES:
+            path = self.output_dir / outcome / f"{block:06d}.parquet"
+            if rows.get(outcome):
+                buffer = pa.BufferOutputStream()
+                pq.write_table(pa.Table.from_pylist(rows[outcome]), buffer)
+                write_atomically(path, buffer.getvalue().to_pybytes())
+            else:
+                path.unlink(missing_ok=True)
+        write_atomically(self.entry(block), json.dumps(counts).encode())
+
+    def totals(self) -> dict[str, int]:
+        """The figures of all blocks that are done, added up."""
+        totals: dict[str, int] = {}
+        for path in sorted(self.output_dir.glob("journal/[0-9]*.json")):
+            for key, count in json.loads(path.read_text(encoding="utf-8")).items():
+                totals[key] = totals.get(key, 0) + count
+        return totals
+
+
+__all__ = ["OUTCOMES", "BlockStore", "write_atomically"]

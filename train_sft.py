@@ -1,0 +1,90 @@
+"""
+Trains an LSM with TRL's `SFTTrainer`.
+
+    python train_sft.py --model_name_or_path outputs/lsm --dataset outputs/augmented --output_dir outputs/sft
+
+All arguments of `SFTConfig` may be given, on the command line or in a YAML file (`--config recipes/….yaml`). On
+several GPUs: `torchrun --nproc_per_node 4 train_sft.py … --deepspeed ds_configs/zero1.json`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import concatenate_datasets
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
+from modeling_lsm.data import SpeechTextCollator, load_rows
+from modeling_lsm.training import PARTS, set_trained_parts
+
+
+@dataclass
+class ScriptArguments:
+    """What `SFTConfig` does not say."""
+
+    model_name_or_path: str = field(metadata={"help": "LSM checkpoint to train: a folder or a Hub id."})
+    dataset: list[str] = field(metadata={"help": "Folders of augment.py, manifests or Hub datasets: all are used."})
+    train: list[str] = field(
+        default_factory=lambda: ["projector", "llm"], metadata={"help": f"Parts to train, any of: {', '.join(PARTS)}."}
+    )
+    recipe: str = field(
+        default="self_powered",
+        metadata={"help": "'self_powered' uses every row, 'vanilla' (the baseline) transcription alone."},
+    )
+    dtype: str = field(default="float32", metadata={"help": "dtype that the weights are loaded in."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the parts, e.g. 'sdpa'."})
+
+
+def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
+    if script_args.recipe not in ("self_powered", "vanilla"):
+        raise ValueError(f"--recipe is {script_args.recipe!r}; expected 'self_powered' or 'vanilla'.")
+    processor = LsmProcessor.from_pretrained(script_args.model_name_or_path)
+    model = LsmForConditionalGeneration.from_pretrained(
+        script_args.model_name_or_path, dtype=script_args.dtype, attn_implementation=script_args.attn_implementation
+    )
+    processor.check_matches(model.config)
+    set_trained_parts(model, script_args.train)
+
+    rows = concatenate_datasets(
+        [load_rows(source, columns=("audio", "instruction", "target")) for source in script_args.dataset]
+    )
+    if script_args.recipe == "vanilla":
+        rows = rows.filter(lambda row: row["task"] == "transcription")
+    if len(rows) == 0:
+        raise ValueError(f"{script_args.dataset} holds no rows for --recipe {script_args.recipe}.")
+
+    # Rows are rendered, and audio is read, by the collator; there is nothing for the trainer to prepare.
+    training_args.dataset_kwargs = {"skip_prepare_dataset": True}
+    training_args.remove_unused_columns = False
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows,
+        processing_class=processor,
+        data_collator=SpeechTextCollator(processor, training_args.max_length),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(training_args))
+
+    trainer.save_state()
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        pipe = LsmPipeline(model=model, processor=processor, device=model.device)
+        pipe.save_pretrained(training_args.output_dir, state_dict=state_dict)
+        if training_args.push_to_hub:
+            pipe.push_to_hub(training_args.hub_model_id or training_args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+
+
+def last_checkpoint(training_args: SFTConfig) -> str | None:
+    """The last checkpoint in the output folder, from which training goes on."""
+    try:
+        return get_last_checkpoint(training_args.output_dir)
+    except FileNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main(*TrlParser((ScriptArguments, SFTConfig)).parse_args_and_config())
