@@ -7,7 +7,9 @@ The prompt that asks the LLM for a training target, the prompt that trains on it
 
 import io
 import os
+import re
 from math import gcd
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from .configuration_lsm import AudioTiming
 
 AUDIO_TOKEN = "<|audio|>"
 MAX_CHANNELS = 8
+SIZE_UNKNOWN = 0x7FFFF000  # a WAV that was written to a pipe declares this size or a larger one
 
 
 def make_chat(
@@ -83,7 +86,7 @@ def load_waveform(source: Any, sampling_rate: int | None = None, target_rate: in
     """
     name = describe_source(source)
     if isinstance(source, dict):
-        if source.get("array") is not None:
+        if source.get("array") is not None and "sampling_rate" in source:
             source, sampling_rate = source["array"], source["sampling_rate"]
         elif source.get("bytes") or source.get("path"):
             source = source.get("bytes") or source["path"]
@@ -93,6 +96,8 @@ def load_waveform(source: Any, sampling_rate: int | None = None, target_rate: in
                 "'bytes', or 'path'."
             )
     elif isinstance(source, tuple):
+        if len(source) != 2:
+            raise ValueError(f"An audio tuple has {len(source)} items; expected 2: samples and their sampling rate.")
         source, sampling_rate = source
 
     if hasattr(source, "get_all_samples"):  # a torchcodec decoder, which is what `datasets.Audio` decodes to
@@ -113,9 +118,9 @@ def load_waveform(source: Any, sampling_rate: int | None = None, target_rate: in
         )
     if sampling_rate is None or sampling_rate == target_rate:
         return waveform
-    if sampling_rate <= 0:
+    if not isinstance(sampling_rate, Real) or sampling_rate <= 0:
         raise ValueError(
-            f"The {name} has a sampling rate of {sampling_rate}; expected samples per second, like 16000."
+            f"The {name} has a sampling rate of {sampling_rate!r}; expected samples per second, like 16000."
         )
     return resample(waveform, int(sampling_rate), target_rate)
 
@@ -146,7 +151,8 @@ def decode(source: str | os.PathLike | bytes, name: str) -> tuple[np.ndarray, in
             "first (for instance with ffmpeg)."
         ) from error
     # libsndfile reads what is left of a file that was cut off, and only remarks on it.
-    if len(samples) < declared or "should be" in header:
+    sizes = [(int(size), int(there)) for size, there in re.findall(r" : (\d+) \(should be (\d+)\)", header)]
+    if len(samples) < declared or any(there < size < SIZE_UNKNOWN for size, there in sizes):
         raise ValueError(
             f"The {name} is cut off: it holds {len(samples)} samples, fewer than its header declares. Fetch it again."
         )
@@ -306,7 +312,7 @@ class LsmProcessor(ProcessorMixin):
         """A copy of `chat` in which every audio item holds a waveform."""
 
         def load(item):
-            if item["type"] != "audio":
+            if item.get("type") != "audio":
                 return item
             source = next((item[key] for key in ("audio", "path", "url") if item.get(key) is not None), None)
             if source is None:
@@ -414,7 +420,7 @@ class LsmProcessor(ProcessorMixin):
 
 def is_list_of_numbers(values: list) -> bool:
     """Whether `values` is one clip given as a list of samples rather than a list of clips."""
-    return bool(values) and isinstance(values[0], (int, float))
+    return bool(values) and isinstance(values[0], Real)
 
 
 __all__ = ["AUDIO_TOKEN", "LsmProcessor", "load_waveform", "make_chat"]
