@@ -8,10 +8,10 @@ several GPUs: `torchrun --nproc_per_node 4 train_sft.py … --deepspeed ds_confi
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
@@ -64,7 +64,9 @@ def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
         processing_class=processor,
         data_collator=SpeechTextCollator(processor, training_args.max_length),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(training_args))
+    trainer.train(
+        resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
+    )
 
     trainer.save_state()
     state_dict = trainer.accelerator.get_state_dict(trainer.model)
@@ -77,12 +79,11 @@ def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def last_checkpoint(training_args: SFTConfig) -> str | None:
-    """The last checkpoint in the output folder, from which training goes on."""
-    try:
-        return get_last_checkpoint(training_args.output_dir)
-    except FileNotFoundError:
-        return None
+def last_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint in `output_dir` that was written to its end: from there training goes on."""
+    checkpoints = Path(output_dir).glob("checkpoint-*/trainer_state.json")  # the trainer writes this file last
+    newest = max(checkpoints, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")), default=None)
+    return str(newest.parent) if newest else None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -40,6 +40,14 @@ class LsmSpeechEncoder(WhisperEncoder):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # a whole Whisper loads without a remark
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # Whisper does this where it meets the encoder itself, but outside of transformers' own modules the library
+        # passes over modules without parameters of their own.
+        if module is self.embed_positions:
+            init.copy_(module.weight, sinusoids(*module.weight.shape))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -64,7 +72,7 @@ class LsmSpeechEncoder(WhisperEncoder):
         if input_features.shape[-1] > max_mel_frames:
             raise ValueError(
                 f"`input_features` has {input_features.shape[-1]} mel frames, more than the {max_mel_frames} that "
-                "this encoder has positions for. `LsmProcessor` splits longer clips into chunks: prepare audio with it."
+                "this encoder has positions for. Use `LsmProcessor`: it splits longer clips into chunks."
             )
         if input_features_mask is not None:
             # A convolution at the end of a clip must see zeros there, as it would without batch-mates.

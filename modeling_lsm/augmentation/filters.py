@@ -25,7 +25,7 @@ def normalize(text: str) -> str:
 
 def has_loop(text: str) -> bool:
     """Whether a run of one to eight words stands `MIN_LOOP_REPEATS` times in a row."""
-    words = text.split()
+    words = normalize(text).split()
     for size in range(1, 9):
         for start in range(len(words) - size * MIN_LOOP_REPEATS + 1):
             run = words[start : start + size]
