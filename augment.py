@@ -5,6 +5,7 @@ Writes self-powered training data: the model's own LLM follows instructions on t
 
 Rows need `audio` (a path) and `text` (its transcript). The answers become the targets that `train_sft.py` trains on,
 with the speech in the transcript's place. Stopped at any moment and started again with the same command, it goes on.
+On several GPUs: `torchrun --nproc_per_node 4 augment.py …`.
 """
 
 import collections
@@ -13,6 +14,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 import transformers
+from accelerate import PartialState
 from tqdm import tqdm
 from trl import TrlParser
 
@@ -66,10 +68,14 @@ def main(args: AugmentArguments) -> None:
     settings = {key: value for key, value in asdict(args).items() if key != "output_dir"}
     store = BlockStore(args.output_dir, settings)
 
+    state = PartialState()
     processor = LsmProcessor.from_pretrained(args.model_name_or_path)
-    model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype, device_map="auto")
-    with tqdm(total=len(corpus) * args.num_targets_per_row, desc="targets", unit="row") as progress:
-        for block, start in enumerate(range(0, len(corpus), BLOCK_ROWS)):
+    model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(state.device)
+    # Every process takes its share of the blocks; which one does not matter to what is in them.
+    blocks = list(enumerate(range(0, len(corpus), BLOCK_ROWS)))[state.process_index :: state.num_processes]
+    total = sum(min(BLOCK_ROWS, len(corpus) - start) for _, start in blocks) * args.num_targets_per_row
+    with tqdm(total=total, desc="targets", unit="row", disable=not state.is_local_main_process) as progress:
+        for block, start in blocks:
             sources = corpus.select(range(start, min(start + BLOCK_ROWS, len(corpus))))
             if store.is_done(block):
                 progress.update(len(sources) * args.num_targets_per_row)
@@ -81,6 +87,9 @@ def main(args: AugmentArguments) -> None:
             rejected = [row for row in rows if "reason" in row]
             store.write(block, {"accepted": accepted, "rejected": rejected}, counts)
 
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
     provenance = {
         "settings": settings,
         "base_models": model.config.base_models,

@@ -5,6 +5,7 @@ Evaluates an LSM on speech: word error rate of its transcriptions, and its answe
 
 Rows need `audio` and `text` (the transcript). Rows that also have `instruction` and `target`, as `augment.py` writes
 them, are answered with their own instruction and listed in the report beside the LLM's answer to the transcript.
+On several GPUs: `torchrun --nproc_per_node 4 eval.py …`.
 """
 
 import json
@@ -13,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from trl import TrlParser
 
@@ -42,13 +45,14 @@ class EvalArguments:
     dtype: str = field(default="auto", metadata={"help": "dtype that the weights are loaded in."})
 
 
-def main(args: EvalArguments) -> dict:
+def main(args: EvalArguments) -> None:
     rows = load_rows(args.dataset, args.split, columns=("audio", "text"))
     if args.limit is not None:
         rows = rows.select(range(min(args.limit, len(rows))))
     processor = LsmProcessor.from_pretrained(args.model_name_or_path)
-    model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype, device_map="auto")
-    pipe = LsmPipeline(model=model, processor=processor)
+    model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    state = PartialState()
+    pipe = LsmPipeline(model=model, processor=processor, device=state.device)
 
     transcribe = args.instruction or load_tasks(["transcription"], target_language="")[0].instructions[0]
     questions = [
@@ -58,14 +62,10 @@ def main(args: EvalArguments) -> dict:
     if "instruction" in rows.column_names:
         questions += [row for row in rows if row["task"] != "transcription"]
 
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (
-        open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as predictions,
-        tqdm(total=len(questions), desc="answers", unit="clip") as progress,
-    ):
-        for start in range(0, len(questions), args.batch_size):
-            batch = questions[start : start + args.batch_size]
+    mine = questions[state.process_index :: state.num_processes]
+    with tqdm(total=len(mine), desc="answers", unit="clip", disable=not state.is_local_main_process) as progress:
+        for start in range(0, len(mine), args.batch_size):
+            batch = mine[start : start + args.batch_size]
             answers = pipe(
                 [row["audio"] for row in batch],
                 text=[row["instruction"] for row in batch],
@@ -75,10 +75,17 @@ def main(args: EvalArguments) -> dict:
             )
             for row, answer in zip(batch, answers, strict=True):
                 row["prediction"] = answer[0]["generated_text"]
-                predictions.write(json.dumps({**row, "audio": str(row["audio"])}, ensure_ascii=False) + "\n")
             progress.update(len(batch))
+    answered = gather_object(mine)
+    if not state.is_main_process:
+        return
 
-    transcribed = [row for row in questions if row["task"] == "transcription"]
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as predictions:
+        for row in answered:
+            predictions.write(json.dumps({**row, "audio": str(row["audio"])}, ensure_ascii=False) + "\n")
+    transcribed = [row for row in answered if row["task"] == "transcription"]
     results = {
         "wer": word_error_rate([row["prediction"] for row in transcribed], [row["text"] for row in transcribed]),
         "clips": len(transcribed),
@@ -86,12 +93,11 @@ def main(args: EvalArguments) -> dict:
         "transformers": transformers.__version__,
     }
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (output_dir / "report.md").write_text(report(results, questions), encoding="utf-8")
+    (output_dir / "report.md").write_text(report(results, answered), encoding="utf-8")
     logger.info("%s: word error rate %.3f over %d clips.", output_dir, results["wer"], results["clips"])
-    return results
 
 
-def report(results: dict, questions: list[dict]) -> str:
+def report(results: dict, answered: list[dict]) -> str:
     """What a person wants to read: the word error rate and the answers, in Markdown."""
 
     def cell(text: str | None) -> str:
@@ -105,7 +111,7 @@ def report(results: dict, questions: list[dict]) -> str:
         "| task | instruction | transcript | the LLM on the transcript | the model on the speech |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for row in questions:
+    for row in answered:
         columns = (row["task"], row["instruction"], row["text"], row.get("target"), row["prediction"])
         lines.append("| " + " | ".join(map(cell, columns)) + " |")
     return "\n".join(lines) + "\n"
