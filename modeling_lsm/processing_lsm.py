@@ -23,6 +23,7 @@ from .configuration_lsm import AudioTiming
 AUDIO_TOKEN = "<|audio|>"
 MAX_CHANNELS = 8
 SIZE_UNKNOWN = 0x7FFFF000  # a WAV that was written to a pipe declares this size or a larger one
+MAX_OGG_PAGE = 65_307  # bytes
 
 
 def make_chat(
@@ -152,11 +153,23 @@ def decode(source: str | os.PathLike | bytes, name: str) -> tuple[np.ndarray, in
         ) from error
     # libsndfile reads what is left of a file that was cut off, and only remarks on it.
     sizes = [(int(size), int(there)) for size, there in re.findall(r" : (\d+) \(should be (\d+)\)", header)]
-    if len(samples) < declared or any(there < size < SIZE_UNKNOWN for size, there in sizes):
+    cut_off = len(samples) < declared or any(there < size < SIZE_UNKNOWN for size, there in sizes)
+    if cut_off or last_ogg_page_is_cut_off(source):
         raise ValueError(
-            f"The {name} is cut off: it holds {len(samples)} samples, fewer than its header declares. Fetch it again."
+            f"The {name} is cut off: it holds {len(samples)} samples, fewer than it should. Fetch it again."
         )
     return samples, sampling_rate
+
+
+def last_ogg_page_is_cut_off(source: str | os.PathLike | bytes) -> bool:
+    """Whether an OGG file or its bytes end inside of a page, about which libsndfile says nothing."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        if file.read(4) != b"OggS":
+            return False
+        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OGG_PAGE))
+        page = file.read()
+    page = page[page.rfind(b"OggS") :]
+    return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def to_mono_float(samples: Any, name: str) -> np.ndarray:
@@ -312,7 +325,12 @@ class LsmProcessor(ProcessorMixin):
         """A copy of `chat` in which every audio item holds a waveform."""
 
         def load(item):
-            if item.get("type") != "audio":
+            if "type" not in item:
+                raise ValueError(
+                    f"A message holds an item without a 'type' (its keys are {sorted(item)}). Write it as "
+                    "{'type': 'text', 'text': …} or {'type': 'audio', 'audio': …}."
+                )
+            if item["type"] != "audio":
                 return item
             source = next((item[key] for key in ("audio", "path", "url") if item.get(key) is not None), None)
             if source is None:
