@@ -145,8 +145,8 @@ def make_processor(tokenizer: PreTrainedTokenizerFast | None = None, **kwargs) -
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [kwargs.get("audio_token", AUDIO_TOKEN)]}, replace_extra_special_tokens=False
     )
-    kwargs.setdefault("chat_template", read_chat_template(None, tokenizer))
-    return LsmProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, **kwargs)
+    chat_template = kwargs.pop("chat_template", None) or read_chat_template(None, tokenizer)
+    return LsmProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, chat_template=chat_template, **kwargs)
 
 
 def model_config(**kwargs) -> LsmConfig:
