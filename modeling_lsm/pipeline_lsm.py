@@ -136,6 +136,8 @@ class LsmPipeline(Pipeline):
             chats = given if many else [given]
         else:
             chats = self._make_chats(audio, text, sampling_rate)
+        if not chats:
+            return []
         if batch_size is None:
             batch_size = self._batch_size or 1
         # Batches are formed here and padded by the processor: the base class would pad every tensor on one side.
