@@ -44,6 +44,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Tiny models are faster on one thread, the more so beside other work."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(count if request.node.get_closest_marker("slow") else 1)
+    yield
+    torch.set_num_threads(count)
+
+
 @pytest.fixture
 def processor():
     return tiny.make_processor()

@@ -1,0 +1,381 @@
+"""The pipeline: every way to call it, streaming, its refusals, and what it saves and publishes."""
+
+import json
+import re
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+import soundfile
+import torch
+from huggingface_hub import ModelCard
+from transformers import TextIteratorStreamer
+
+from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor, make_chat
+from modeling_lsm.pipeline_lsm import model_card
+from tests import tiny
+from tests.tiny import noise
+
+
+TEXT = "Transcribe the speech."
+SHORT = {"max_new_tokens": 6}
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "configuration_lsm.py",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_lsm.py",
+    "pipeline_lsm.py",
+    "processing_lsm.py",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def answer(pipe, chat, **kwargs) -> str:
+    """What the model says to `chat`, without the pipeline's help."""
+    inputs = tiny.ask(pipe.processor, chat)
+    sequences = pipe.model.generate(**inputs, **{**SHORT, **kwargs})
+    return pipe.processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture
+def clips() -> list:
+    return [noise(0.4, 1), noise(31, 2), noise(2.2, 3)]
+
+
+class TestCalls:
+    def test_one_clip_in_every_form(self, pipe, tmp_path):
+        clip = noise(1, 4)
+        path = tmp_path / "clip.wav"
+        soundfile.write(path, clip, 16_000, subtype="FLOAT")
+        expected = [{"generated_text": answer(pipe, make_chat(TEXT, audio=clip))}]
+        assert expected != [{"generated_text": ""}]
+        for source in (
+            clip,
+            str(path),
+            path,
+            path.read_bytes(),
+            (clip, 16_000),
+            {"array": clip, "sampling_rate": 16_000},
+            {"path": str(path), "bytes": None},
+        ):
+            assert pipe(source, text=TEXT, **SHORT) == expected
+        assert pipe(audio=clip, text=TEXT, **SHORT) == expected
+        assert pipe(clip, text=TEXT, sampling_rate=16_000, **SHORT) == expected
+        assert pipe(clip, text=TEXT, generate_kwargs=SHORT) == expected
+
+    def test_sampling_rate_of_a_bare_array(self, pipe):
+        clip = tiny.tone(440, 1, 8_000)
+        expected = answer(pipe, make_chat(TEXT, audio=(clip, 8_000)))
+        assert pipe(clip, text=TEXT, sampling_rate=8_000, **SHORT) == [{"generated_text": expected}]
+        assert pipe([clip], text=TEXT, sampling_rate=8_000, **SHORT) == [[{"generated_text": expected}]]
+
+    def test_many_clips(self, pipe, clips):
+        expected = [[{"generated_text": answer(pipe, make_chat(TEXT, audio=clip))}] for clip in clips]
+        assert pipe(clips, text=TEXT, **SHORT) == expected
+        assert len({str(one) for one in expected}) > 1
+
+    def test_an_instruction_for_each_clip(self, pipe, clips):
+        texts = ["Transcribe.", "Translate into French.", "Who speaks?"]
+        expected = [
+            [{"generated_text": answer(pipe, make_chat(text, audio=clip))}]
+            for text, clip in zip(texts, clips, strict=True)
+        ]
+        assert pipe(clips, text=texts, **SHORT) == expected
+
+    def test_many_instructions_for_one_clip(self, pipe, clips):
+        texts = ["Transcribe.", "Translate into French."]
+        expected = [[{"generated_text": answer(pipe, make_chat(text, audio=clips[0]))}] for text in texts]
+        assert pipe(clips[0], text=texts, **SHORT) == expected
+
+    def test_text_alone(self, pipe):
+        questions = ["What is a window?", "And a door?"]
+        expected = [
+            [{"generated_text": answer(pipe, [{"role": "user", "content": question}])}] for question in questions
+        ]
+        assert pipe(text=questions[0], **SHORT) == expected[0]
+        assert pipe(text=questions, **SHORT) == expected
+
+    def test_chats(self, pipe, clips):
+        chats = [
+            make_chat("Transcribe.", audio=clips[0]),
+            [{"role": "user", "content": "No speech."}],
+            [
+                *make_chat("And this?", audio=clips[2], target="Something."),
+                {"role": "user", "content": [{"type": "text", "text": "Again?"}]},
+            ],
+        ]
+        texts = [answer(pipe, chat) for chat in chats]
+        full = [
+            [{"generated_text": [*chat, {"role": "assistant", "content": text}]}]
+            for chat, text in zip(chats, texts, strict=True)
+        ]
+        # A chat holds arrays, and those compare elementwise: compare what is written.
+        assert repr(pipe(chats, **SHORT)) == repr(full)
+        assert repr(pipe(chats[0], **SHORT)) == repr(full[0])
+        assert repr(pipe(text=chats[1], **SHORT)) == repr(full[1])
+        assert pipe(chats, return_full_text=False, **SHORT) == [[{"generated_text": text}] for text in texts]
+        assert pipe(chats[2], return_full_text=False, **SHORT) == [{"generated_text": texts[2]}]
+        assert pipe(clips[0], text="Transcribe.", return_full_text=True, **SHORT) == [{"generated_text": texts[0]}]
+
+    def test_an_answered_chat_goes_on(self, pipe, clips):
+        chat = pipe(make_chat("Transcribe.", audio=clips[0]), **SHORT)[0]["generated_text"]
+        assert [message["role"] for message in chat] == ["user", "assistant"]
+        chat = [*chat, {"role": "user", "content": "Why?"}]
+        assert pipe(chat, return_full_text=False, **SHORT) == [{"generated_text": answer(pipe, chat)}]
+
+    @pytest.mark.parametrize("batch_size", [2, 3, 16])
+    def test_batch_size_changes_no_answer(self, pipe, clips, batch_size):
+        chats = [
+            *(make_chat(TEXT, audio=clip) for clip in clips),
+            [{"role": "user", "content": "A question without any speech, and a long one at that."}],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "audio", "audio": clips[1]}, {"type": "audio", "audio": clips[0]}],
+                }
+            ],
+        ]
+        options = {"return_full_text": False, "max_new_tokens": 12}
+        assert pipe(chats, batch_size=batch_size, **options) == pipe(chats, **options)
+        assert pipe(clips, text=TEXT, batch_size=batch_size, **SHORT) == pipe(clips, text=TEXT, **SHORT)
+
+    def test_batch_size_of_the_pipeline(self, model, processor, clips, monkeypatch):
+        pipe = LsmPipeline(model=model, processor=processor, device="cpu", batch_size=2)
+        sizes = []
+        generate = model.generate
+
+        def record(**kwargs):
+            sizes.append(len(kwargs["input_ids"]))
+            return generate(**kwargs)
+
+        monkeypatch.setattr(model, "generate", record)
+        pipe(clips, text=TEXT, **SHORT)
+        pipe(clips, text=TEXT, batch_size=3, **SHORT)
+        assert sizes == [2, 1, 3]
+
+    @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"do_sample": True, "top_k": 1}], ids=["beams", "sampling"])
+    def test_several_answers_each(self, pipe, clips, kwargs):
+        answers = pipe(clips, text=TEXT, num_return_sequences=3, batch_size=3, **kwargs, **SHORT)
+        assert [len(candidates) for candidates in answers] == [3, 3, 3]
+        for clip, candidates in zip(clips, answers, strict=True):
+            assert candidates == pipe(clip, text=TEXT, num_return_sequences=3, **kwargs, **SHORT)
+        if "top_k" in kwargs:
+            greedy = pipe(clips, text=TEXT, **SHORT)
+            assert answers == [one * 3 for one in greedy]
+
+    def test_no_clips_no_answers(self, pipe):
+        assert pipe([], text=TEXT) == []
+
+    def test_length_of_answers(self, pipe):
+        """256 tokens unless someone says otherwise: the pipeline when it was made, or else the call."""
+        pipe.model.generation_config.eos_token_id = None
+        lengths = []
+        generate = pipe.model.generate
+
+        def record(**kwargs):
+            sequences = generate(**kwargs)
+            lengths.append(sequences.shape[1] - kwargs["input_ids"].shape[1])
+            return sequences
+
+        pipe.model.generate = record
+        pipe(noise(0.1), text="?", eos_token_id=None)
+        short = LsmPipeline(model=pipe.model, processor=pipe.processor, device="cpu", max_new_tokens=3)
+        short(noise(0.1), text="?")
+        short(noise(0.1), text="?", max_new_tokens=5)
+        assert lengths == [256, 3, 5]
+
+    def test_streaming(self, pipe):
+        clip = noise(2, 6)
+        # Letters and spaces, drawn by lot: a streamer hands out whole words.
+        letters = pipe.tokenizer("abcdefg   ")["input_ids"]
+        others = [token for token in range(264) if token not in letters]
+        kwargs = {"do_sample": True, "top_k": 0, "suppress_tokens": others, "max_new_tokens": 30}
+        torch.manual_seed(5)
+        expected = pipe(clip, text=TEXT, **kwargs)[0]["generated_text"]
+        torch.manual_seed(5)
+        streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+        results = []
+        thread = Thread(target=lambda: results.append(pipe(clip, text=TEXT, streamer=streamer, **kwargs)), daemon=True)
+        thread.start()
+        pieces = list(streamer)
+        thread.join(timeout=60)
+        assert "".join(pieces) == expected == results[0][0]["generated_text"]
+        assert len([piece for piece in pieces if piece]) > 1
+
+
+class TestRefusals:
+    def test_no_instruction(self, pipe):
+        with pytest.raises(ValueError, match=r'no instruction.*pipe\(clip, text="Transcribe it\."\)'):
+            pipe(noise(1))
+        with pytest.raises(ValueError, match="no instruction"):
+            pipe()
+
+    def test_counts_that_differ(self, pipe):
+        with pytest.raises(ValueError, match="2 clips and 3 instructions. Pass one instruction, or one for each clip"):
+            pipe([noise(1), noise(1)], text=["a", "b", "c"])
+
+    def test_chat_and_text(self, pipe):
+        chat = make_chat("Say.", audio=noise(1))
+        for given in (chat, [chat, chat]):
+            with pytest.raises(ValueError, match="A chat holds its own instruction: pass either a chat, or `audio`"):
+                pipe(given, text="Transcribe.")
+
+    def test_no_processor(self, model):
+        with pytest.raises(ValueError, match="got no processor; pass `processor=`"):
+            LsmPipeline(model=model, device="cpu")
+
+    def test_another_models_processor(self, model):
+        with pytest.raises(ValueError, match="disagree on timing"):
+            LsmPipeline(model=model, processor=tiny.make_processor(window_size=20), device="cpu")
+
+    def test_bad_audio_is_named(self, pipe, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no audio file '.*gone\.flac'"):
+            pipe([noise(1), tmp_path / "gone.flac"], text=TEXT)
+
+
+class TestSaving:
+    def test_content_of_the_folder(self, tiny_checkpoint):
+        assert {path.name for path in tiny_checkpoint.iterdir()} == FILES
+        config = json.loads((tiny_checkpoint / "config.json").read_text())
+        assert config["auto_map"] == {
+            "AutoConfig": "configuration_lsm.LsmConfig",
+            "AutoModelForMultimodalLM": "modeling_lsm.LsmForConditionalGeneration",
+        }
+        assert config["custom_pipelines"] == {
+            "audio-text-to-text": {"impl": "pipeline_lsm.LsmPipeline", "pt": ["AutoModelForMultimodalLM"]}
+        }
+        processor = json.loads((tiny_checkpoint / "processor_config.json").read_text())
+        assert processor["auto_map"] == {"AutoProcessor": "processing_lsm.LsmProcessor"}
+
+    def test_code_is_the_packages_own(self, tiny_checkpoint):
+        package = Path(__file__).parents[1] / "modeling_lsm"
+        shipped = sorted(path.name for path in tiny_checkpoint.glob("*.py"))
+        assert shipped == ["configuration_lsm.py", "modeling_lsm.py", "pipeline_lsm.py", "processing_lsm.py"]
+        for name in shipped:
+            assert (tiny_checkpoint / name).read_text() == (package / name).read_text()
+
+    def test_shipped_code_needs_nothing_but_transformers_and_torch(self, tiny_checkpoint):
+        allowed = {"transformers", "torch", "numpy", "huggingface_hub"} | {
+            "dataclasses",
+            "io",
+            "math",
+            "numbers",
+            "os",
+        }
+        allowed |= {"pathlib", "re", "tempfile", "typing"}
+        for path in tiny_checkpoint.glob("*.py"):
+            modules = re.findall(r"^(?:from|import) ([a-z_]+)", path.read_text(), re.MULTILINE)
+            assert set(modules) <= allowed, path.name
+
+    def test_reload(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path / "lsm")
+        reloaded = LsmPipeline(
+            model=LsmForConditionalGeneration.from_pretrained(tmp_path / "lsm"),
+            processor=LsmProcessor.from_pretrained(tmp_path / "lsm"),
+            device="cpu",
+        )
+        chats = [make_chat(TEXT, audio=noise(seconds)) for seconds in (0.2, 3)]
+        options = {"return_full_text": False, "max_new_tokens": 12}
+        assert reloaded(chats, **options) == pipe(chats, **options)
+
+    def test_model_arguments_are_passed_on(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path, max_shard_size="50KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+
+    def test_publishing_is_one_commit_of_everything(self, pipe, monkeypatch):
+        calls = []
+
+        class Api:
+            def __init__(self, token=None):
+                calls.append(("token", token))
+
+            def create_repo(self, repo_id, private=None, exist_ok=False):
+                calls.append(("create", repo_id, private, exist_ok))
+                return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+            def upload_folder(self, repo_id, folder_path, commit_message, revision):
+                calls.append(("upload", repo_id, commit_message, revision))
+                files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+                calls.append(files)
+                return SimpleNamespace(commit_url="https://hub.example/commit/1")
+
+        monkeypatch.setattr("modeling_lsm.pipeline_lsm.HfApi", Api)
+        url = pipe.push_to_hub("tiny-lsm", commit_message="Publish", private=True, token="t", revision="v1")
+        *steps, files = calls
+        assert url == "https://hub.example/commit/1"
+        assert steps == [
+            ("token", "t"),
+            ("create", "tiny-lsm", True, True),
+            ("upload", "someone/tiny-lsm", "Publish", "v1"),
+        ]
+        assert set(files) == FILES
+        card = files["README.md"].decode()
+        assert 'model="someone/tiny-lsm"' in card and "\n# tiny-lsm\n" in card
+        assert b"someone/tiny-lsm" not in files["config.json"]
+
+
+class TestCard:
+    BASES = {
+        "speech": {"id": "openai/whisper-tiny.en", "revision": "abc", "license": "apache-2.0"},
+        "text": {"id": "someone/llm", "revision": None, "license": "apache-2.0"},
+    }
+
+    @pytest.mark.parametrize("trained", [[], ["projector"], ["projector", "llm"], ["encoder", "projector", "llm"]])
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    def test_parameter_counts(self, tied, trained):
+        text_config = tiny.llm_config(tie_word_embeddings=tied).to_dict()
+        model = tiny.make_model(text_config=text_config, base_models=self.BASES, trained_parts=trained)
+        # Counted on weights as they are stored, each memory once.
+        sizes = {"encoder": 0, "projector": 0, "llm": 0}
+        seen = set()
+        for name, tensor in model.state_dict().items():
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                part = "encoder" if ".audio_tower." in name else "projector" if ".projector." in name else "llm"
+                sizes[part] += tensor.numel()
+        head = 264 * 32
+        llm = sum(p.numel() for p in model.model.language_model.parameters())
+        assert sizes["llm"] == llm + (0 if tied else head)
+        card = model_card(model, "someone/lsm")
+        rows = dict(zip(sizes, re.findall(r"^\| .* \| ([\d,]+) \| (yes|no) \|$", card, re.MULTILINE), strict=True))
+        assert rows == {part: (f"{size:,}", "yes" if part in trained else "no") for part, size in sizes.items()}
+        total, trained_total = re.search(r"\*\*total\*\*.*\*\*([\d,]+)\*\* \| \*\*([\d,]+)\*\*", card).groups()
+        assert total == f"{sum(sizes.values()):,}"
+        assert trained_total == f"{sum(sizes[part] for part in trained):,}"
+        assert ("**Not trained yet**" in card) is (not trained)
+
+    def test_metadata(self):
+        card = ModelCard(model_card(tiny.make_model(base_models=self.BASES), "someone/lsm"))
+        assert card.data.base_model == ["openai/whisper-tiny.en", "someone/llm"]
+        assert card.data.license == "apache-2.0"
+        assert card.data.pipeline_tag == "audio-text-to-text"
+        assert card.data.library_name == "transformers"
+        assert "openai/whisper-tiny.en | apache-2.0 |" in card.text and "someone/llm | apache-2.0 |" in card.text
+
+    def test_licences_that_differ_are_told_but_not_chosen(self):
+        bases = {**self.BASES, "text": {"id": "someone/llm", "license": "llama2"}}
+        card = ModelCard(model_card(tiny.make_model(base_models=bases), "lsm"))
+        assert card.data.license is None
+        assert "| apache-2.0 |" in card.text and "| llama2 |" in card.text
+
+    def test_unknown_bases(self):
+        card = ModelCard(model_card(tiny.make_model(), "lsm"))
+        assert card.data.base_model is None and card.data.license is None
+        assert card.text.count("| unknown | – |") == 2
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({}, "qformer projector turns every 0.34 s into 1 vector"),
+            ({"window_size": 50, "num_queries": 3}, "qformer projector turns every 1.00 s into 3 vector"),
+            ({"projector_type": "conv", "window_size": 8}, "conv projector turns every 0.16 s into 1 vector"),
+        ],
+    )
+    def test_description(self, settings, words):
+        assert words in " ".join(model_card(tiny.make_model(**settings), "lsm").split())
