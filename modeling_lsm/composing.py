@@ -186,7 +186,7 @@ def compose(
         model = LsmForConditionalGeneration(config)
     model.model.audio_tower = encoder
     model.model.language_model = llm.base_model
-    model.lm_head = llm.get_output_embeddings()
+    model.lm_head.weight = llm.get_output_embeddings().weight  # a bias would be lost: the check below refuses it
     torch.manual_seed(seed)
     model.model.projector = new_projector(model, llm.get_input_embeddings().weight)
     model.generation_config = llm.generation_config
