@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config
+from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from modeling_lsm import LsmForConditionalGeneration, LsmModel, make_chat
@@ -408,6 +408,13 @@ def test_speech_encoder_is_whispers_at_30_seconds(model, implementation):
     assert torch.equal(encoder(features).last_hidden_state, expected)
     masked = encoder(features, input_features_mask=torch.ones(2, 3000, dtype=torch.long)).last_hidden_state
     torch.testing.assert_close(masked, expected, atol=1e-5, rtol=0.0)
+
+
+def test_new_models_have_whispers_positions():
+    model = LsmForConditionalGeneration(tiny.model_config())
+    positions = model.model.audio_tower.embed_positions
+    assert torch.equal(positions.weight, WhisperModel(tiny.whisper_config()).encoder.embed_positions.weight)
+    assert positions.weight.std() > 0.5 and not positions.weight.requires_grad
 
 
 def test_encoder_padding_decides_whether_silence_is_attended(processor):

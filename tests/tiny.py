@@ -80,6 +80,8 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
         # Token embeddings are small beside what the layers add, or a tied LLM would repeat its last token for ever.
         embeds = name.endswith(("embed_tokens.weight", "wte.weight"))
         fan_in = 100 if embeds or parameter.ndim == 1 else parameter[0].numel()
+        if name.endswith(("conv1.weight", "conv2.weight")):
+            fan_in /= 16  # what is heard must be loud beside the encoder's positions
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5 + (name in norms))
     return model.eval()
 
