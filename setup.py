@@ -25,9 +25,10 @@ def read_readme() -> str:
 
 AUDIO = ["soundfile", "torchaudio>=2.9"]
 TRAIN = [*AUDIO, "trl>=1.16", "peft>=0.21", "datasets>=5.2", "deepspeed>=0.19", "ninja", "matplotlib", "tqdm"]
+SERVER = ["openai>=3.54"]  # augment.py --backend openai
 EVAL = [*AUDIO, "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
 DEMO = [*TRAIN, *EVAL, "gguf>=0.10", "piper-tts>=1.3"]
-DEV = [*DEMO, "pytest>=9", "ruff", "sentencepiece", "protobuf"]
+DEV = [*DEMO, *SERVER, "fastapi", "uvicorn", "pytest>=9", "ruff", "sentencepiece", "protobuf"]
 
 setup(
     name="modeling_lsm",
@@ -54,7 +55,7 @@ setup(
         "jinja2",
     ],
     # A set of extras per thing one does: `pip install modeling_lsm[train]`.
-    extras_require={"audio": AUDIO, "train": TRAIN, "eval": EVAL, "demo": DEMO, "dev": DEV},
+    extras_require={"audio": AUDIO, "train": TRAIN, "server": SERVER, "eval": EVAL, "demo": DEMO, "dev": DEV},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -1,11 +1,27 @@
 """Answers to instructions on transcripts, by the model's own LLM."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from ..modeling_lsm import LsmForConditionalGeneration
 from ..processing_lsm import LsmProcessor, make_chat
+
+
+class Answer(NamedTuple):
+    """
+    What an LLM answered.
+
+    Args:
+        text (`str`): The answer.
+        finished (`bool`): Whether the LLM ended it itself.
+        num_tokens (`int`): Tokens that the LLM wrote.
+    """
+
+    text: str
+    finished: bool
+    num_tokens: int
 
 
 def batches_under_budget(lengths: list[int], budget: int) -> Iterator[list[int]]:
