@@ -3,138 +3,172 @@ Writes self-powered training data: the model's own LLM follows instructions on t
 
     python augment.py --model_name_or_path outputs/lsm --dataset corpus/metadata.jsonl --output_dir outputs/augmented
 
-Rows need `audio` (a path) and `text` (its transcript). The answers become the targets that `train_sft.py` trains on,
-with the speech in the transcript's place. Stopped at any moment and started again with the same command, it goes on.
-On several GPUs: `torchrun --nproc_per_node 4 augment.py …`.
+Rows need audio and a transcript. The answers become the targets that `train_sft.py` trains on, with the speech in the
+transcript's place. Stopped at any moment and started again with the same command, it goes on. Several GPUs share the
+work with `torchrun --nproc_per_node 4 augment.py …`, independent jobs with `--num_shards 4 --shard_index 0` and so on.
 """
 
-import collections
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import accelerate
+import datasets
+import torch
 import transformers
 from accelerate import PartialState
-from tqdm import tqdm
+from huggingface_hub import HfApi
 from trl import TrlParser
 
-from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
+import modeling_lsm
 from modeling_lsm.augmentation import (
+    INSTRUCTIONS_FILE,
     BlockStore,
-    Task,
-    assign_instruction,
-    generate_targets,
+    Corpus,
+    JobSettings,
+    TextModel,
     load_tasks,
-    rejection_reason,
-    row_identity,
+    make_backend,
+    run_job,
     write_atomically,
+    write_report,
 )
-from modeling_lsm.data import load_rows
+from modeling_lsm.fingerprints import hash_text
 
 
 logger = logging.getLogger(__name__)
 
-ALL_TASKS = ["transcription", "continuation", "repetition", "keyword", "intent", "sentiment", "translation"]
-BLOCK_ROWS = 256  # rows of the corpus that are done or not done together
+# These change how the work is done, not what comes of it: they may differ when a job is taken up again.
+SCHEDULING = {"output_dir", "num_shards", "shard_index", "batch_tokens", "base_url", "concurrency", "push_to_hub"}
 
 
 @dataclass
 class AugmentArguments:
     """Arguments of `augment.py`."""
 
-    model_name_or_path: str = field(metadata={"help": "LSM checkpoint whose LLM writes the targets."})
-    dataset: str = field(metadata={"help": "Rows with `audio` and `text`: a manifest, a folder, or a Hub dataset."})
-    output_dir: str = field(metadata={"help": "Folder for accepted/, rejected/ and provenance.json."})
-    tasks: list[str] = field(default_factory=lambda: list(ALL_TASKS), metadata={"help": "Tasks to draw from."})
+    model_name_or_path: str = field(
+        metadata={"help": "LSM checkpoint, or the causal LM that an LSM is composed from."}
+    )
+    dataset: str = field(metadata={"help": "A JSONL, JSON, CSV, Parquet or tar file, a folder, or a Hub dataset."})
+    output_dir: str = field(metadata={"help": "Folder for accepted/, rejected/, unreadable/ and the reports."})
+    audio_column: str = field(default="audio", metadata={"help": "Column with the audio; in a tar, e.g. 'flac'."})
+    text_column: str = field(default="text", metadata={"help": "Column with the transcript; in a tar, e.g. 'txt'."})
+    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    check_audio: str = field(
+        default="exists", metadata={"help": "'exists' looks for audio files, 'decode' reads them, 'none' trusts."}
+    )
+    sentence_case: bool = field(
+        default=False, metadata={"help": "Lower-case transcripts that are all capitals, as LibriSpeech's are."}
+    )
+    max_transcript_chars: int = field(default=2000, metadata={"help": "Longer transcripts are rejected."})
+
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks to draw from. Default: all there are."})
+    task_weights: list[float] = field(
+        default_factory=list, metadata={"help": "How often each of --tasks is drawn, relative to the others."}
+    )
     num_targets_per_row: int = field(default=1, metadata={"help": "Targets per row, each of another task."})
     target_language: str = field(default="French", metadata={"help": "Language of the translation task."})
     instructions_file: str | None = field(default=None, metadata={"help": "YAML file with more tasks."})
-    max_new_tokens: int = field(default=225, metadata={"help": "Longest target, in tokens."})
-    batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch, prompts and answers."})
-    max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
-    dtype: str = field(default="auto", metadata={"help": "dtype that the weights are loaded in."})
+    require_terminal_punctuation: bool = field(
+        default=True, metadata={"help": "Reject sentences that do not end in punctuation."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the draw of tasks and instructions."})
 
+    backend: str = field(default="transformers", metadata={"help": "'transformers', 'vllm' or 'openai' (a server)."})
+    max_new_tokens: int = field(default=225, metadata={"help": "Longest target, in tokens."})
+    batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch, prompts and answers."})
+    dtype: str = field(default="auto", metadata={"help": "dtype that the LLM is loaded in."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "For a causal LM without a chat template: as for modeling_lsm.composing."}
+    )
+    base_url: str | None = field(
+        default=None, metadata={"help": "Address of the OpenAI-compatible server, like http://localhost:8000/v1."}
+    )
+    served_model: str | None = field(default=None, metadata={"help": "Id of the LLM on the server."})
+    concurrency: int = field(default=16, metadata={"help": "Requests to the server at a time."})
 
-def main(args: AugmentArguments) -> None:
+    block_rows: int = field(default=512, metadata={"help": "Rows that are done or not done together."})
+    num_shards: int = field(default=1, metadata={"help": "Number of independent jobs that share the work."})
+    shard_index: int = field(default=0, metadata={"help": "Which of them this is, from 0."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Dataset repository to publish the rows to."})
+
+
+def main(args: AugmentArguments, backend=None) -> None:
     tasks = load_tasks(args.tasks, args.target_language, args.instructions_file)
-    if not 1 <= args.num_targets_per_row <= len(tasks):
-        raise ValueError(
-            f"--num_targets_per_row is {args.num_targets_per_row}; expected 1 to {len(tasks)}, the number of tasks."
-        )
-    corpus = load_rows(args.dataset, columns=("audio", "text"))
-    if args.max_rows is not None:
-        corpus = corpus.select(range(min(args.max_rows, len(corpus))))
-    settings = {key: value for key, value in asdict(args).items() if key != "output_dir"}
-    store = BlockStore(args.output_dir, settings)
+    check_arguments(args, len(tasks))
+    corpus = Corpus(args.dataset, args.audio_column, args.text_column, args.split, args.max_rows)
+    text_model = TextModel(args.model_name_or_path, args.chat_template)
+    settings = {key: value for key, value in asdict(args).items() if key not in SCHEDULING}
+    settings["corpus_bytes"] = {file.name: file.stat().st_size for file in corpus.files}
+    instructions_files = [Path(file) for file in (INSTRUCTIONS_FILE, args.instructions_file) if file is not None]
+    settings["instructions_hash"] = hash_text(
+        "\n".join(file.read_text(encoding="utf-8") for file in instructions_files)
+    )
+    settings["llm"] = text_model.provenance()
+    store = BlockStore(args.output_dir, settings, corpus.embeds_audio)
 
     state = PartialState()
-    processor = LsmProcessor.from_pretrained(args.model_name_or_path)
-    model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(state.device)
-    # Every process takes its share of the blocks; which one does not matter to what is in them.
-    blocks = list(enumerate(range(0, len(corpus), BLOCK_ROWS)))[state.process_index :: state.num_processes]
-    total = sum(min(BLOCK_ROWS, len(corpus) - start) for _, start in blocks) * args.num_targets_per_row
-    with tqdm(total=total, desc="targets", unit="row", disable=not state.is_local_main_process) as progress:
-        for block, start in blocks:
-            sources = corpus.select(range(start, min(start + BLOCK_ROWS, len(corpus))))
-            if store.is_done(block):
-                progress.update(len(sources) * args.num_targets_per_row)
-                continue
-            rows = draw_instructions(sources, tasks, args)
-            write_targets(rows, tasks, model, processor, args, progress)
-            counts = collections.Counter(f"{row['task']}: {row.get('reason', 'accepted')}" for row in rows)
-            accepted = [row for row in rows if "reason" not in row]
-            rejected = [row for row in rows if "reason" in row]
-            store.write(block, {"accepted": accepted, "rejected": rejected}, counts)
-
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    if backend is None:
+        backend = make_backend(text_model, args, state.device)
+    job = JobSettings(
+        tasks=tasks,
+        weights=args.task_weights or [1.0] * len(tasks),
+        num_targets_per_row=args.num_targets_per_row,
+        target_language=args.target_language,
+        require_terminal_punctuation=args.require_terminal_punctuation,
+        max_transcript_chars=args.max_transcript_chars,
+        sentence_case=args.sentence_case,
+        check_audio=args.check_audio,
+        block_rows=args.block_rows,
+        seed=args.seed,
+    )
+    # A launcher's processes share a shard among themselves.
+    shard_index = args.shard_index * state.num_processes + state.process_index
+    if not run_job(corpus, store, backend, job, shard_index, args.num_shards * state.num_processes):
+        logger.info("%s: this share is done, other processes are still at theirs.", args.output_dir)
         return
+
+    counts = store.totals()
     provenance = {
+        "llm": settings.pop("llm"),
         "settings": settings,
-        "base_models": model.config.base_models,
-        "transformers": transformers.__version__,
-        "counts": store.totals(),
+        "versions": {
+            package.__name__: package.__version__
+            for package in (modeling_lsm, transformers, torch, datasets, accelerate)
+        },
+        "counts": counts,
     }
+    write_report(store.output_dir, provenance)
     write_atomically(store.output_dir / "provenance.json", (json.dumps(provenance, indent=2) + "\n").encode())
-    accepted = sum(count for key, count in provenance["counts"].items() if key.endswith(": accepted"))
-    logger.info("%s: %d of %d rows accepted.", store.output_dir, accepted, sum(provenance["counts"].values()))
+    accepted = sum(count for key, count in counts.items() if key.startswith("accepted"))
+    logger.info("%s: %d of %d rows accepted, see report.md there.", store.output_dir, accepted, sum(counts.values()))
+    if args.push_to_hub:
+        HfApi().create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=args.push_to_hub, repo_type="dataset", folder_path=store.output_dir, ignore_patterns="journal/*"
+        )
 
 
-def draw_instructions(sources: list[dict], tasks: list[Task], args: AugmentArguments) -> list[dict]:
-    """The rows to make of `sources`, each with a task and an instruction, still without targets."""
-    rows = []
-    for source in sources:
-        row_id = row_identity(str(source["audio"]), source["text"])
-        for draw in range(args.num_targets_per_row):
-            task, instruction = assign_instruction(row_id, draw, tasks, args.seed)
-            row = {"row_id": f"{row_id}-{draw}", "audio": source["audio"], "text": source["text"]}
-            rows.append({**row, "task": task.name, "instruction": instruction})
-    return rows
-
-
-def write_targets(
-    rows: list[dict],
-    tasks: list[Task],
-    model: LsmForConditionalGeneration,
-    processor: LsmProcessor,
-    args: AugmentArguments,
-    progress: tqdm,
-) -> None:
-    """Gives every row its `target`, and a `reason` if that is not fit to learn from."""
-    by_name = {task.name: task for task in tasks}
-    to_generate = [row for row in rows if by_name[row["task"]].generated]
-    prompts = [(row["instruction"], row["text"]) for row in to_generate]
-    answers = generate_targets(model, processor, prompts, args.max_new_tokens, args.batch_tokens, progress.update)
-    answers = {row["row_id"]: answer for row, answer in zip(to_generate, answers, strict=True)}
-    for row in rows:
-        row["target"], finished = answers.get(row["row_id"], (row["text"], True))
-        reason = rejection_reason(by_name[row["task"]], row["instruction"], row["text"], row["target"], finished)
-        if reason is not None:
-            row["reason"] = reason
-    progress.update(len(rows) - len(to_generate))
+def check_arguments(args: AugmentArguments, num_tasks: int) -> None:
+    """Raises a `ValueError` for arguments that contradict each other."""
+    if not 1 <= args.num_targets_per_row <= num_tasks:
+        raise ValueError(
+            f"--num_targets_per_row is {args.num_targets_per_row}; expected 1 to {num_tasks}, the number of tasks."
+        )
+    if args.task_weights and (len(args.task_weights) != num_tasks or min(args.task_weights) <= 0):
+        raise ValueError(f"--task_weights is {args.task_weights}; expected {num_tasks} numbers above 0, one a task.")
+    if args.check_audio not in ("exists", "decode", "none"):
+        raise ValueError(f"--check_audio is {args.check_audio!r}; expected 'exists', 'decode' or 'none'.")
+    if not 0 <= args.shard_index < args.num_shards:
+        raise ValueError(
+            f"--shard_index is {args.shard_index}; expected 0 to {args.num_shards - 1}, as --num_shards says."
+        )
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     main(TrlParser(AugmentArguments).parse_args_and_config()[0])

@@ -15,6 +15,7 @@ from datasets import concatenate_datasets
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
+from modeling_lsm.augmentation.provenance import check_provenance
 from modeling_lsm.data import SpeechTextCollator, load_rows
 from modeling_lsm.training import PARTS, set_trained_parts
 
@@ -34,6 +35,9 @@ class ScriptArguments:
     )
     dtype: str = field(default="float32", metadata={"help": "dtype that the weights are loaded in."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the parts, e.g. 'sdpa'."})
+    allow_foreign_targets: bool = field(
+        default=False, metadata={"help": "Train on targets that another LLM wrote, or with another chat template."}
+    )
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
@@ -44,6 +48,9 @@ def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
         script_args.model_name_or_path, dtype=script_args.dtype, attn_implementation=script_args.attn_implementation
     )
     processor.check_matches(model.config)
+    if not script_args.allow_foreign_targets:
+        for dataset in script_args.dataset:
+            check_provenance(dataset, model.config, script_args.model_name_or_path, processor.chat_template)
     set_trained_parts(model, script_args.train)
 
     rows = concatenate_datasets(

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from .configuration_lsm import LsmConfig
+from .fingerprints import fingerprint
 from .modeling_lsm import PROJECTORS, LsmForConditionalGeneration, LsmSpeechEncoder
 from .pipeline_lsm import LsmPipeline
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, make_chat
@@ -158,7 +159,10 @@ def compose(
 
     base_models = {
         "speech": describe_base(speech_model, encoder.config),
-        "text": describe_base(text_model, llm.config),
+        "text": {
+            **describe_base(text_model, llm.config),
+            "fingerprint": fingerprint(sorted(llm.base_model.named_parameters()), llm.config.vocab_size),
+        },
     }
     add_audio_token(llm, tokenizer)
     if tokenizer.pad_token is None:

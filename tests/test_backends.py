@@ -19,6 +19,7 @@ from modeling_lsm import make_chat
 from modeling_lsm.augmentation import backends
 from modeling_lsm.augmentation.backends import OpenAIBackend, TransformersBackend, VllmBackend
 from modeling_lsm.augmentation.generation import Answer, generate_targets
+from modeling_lsm.augmentation.prompts import Prompter
 from modeling_lsm.composing import compose
 from tests import tiny
 
@@ -294,12 +295,16 @@ def test_urls_without_a_scheme_are_refused():
         OpenAIBackend("localhost:8000", TINY, 20)
 
 
+def prompter(processor) -> Prompter:
+    return Prompter(processor.tokenizer, processor.chat_template)
+
+
 @pytest.mark.parametrize("package", ["openai", "vllm"])
 def test_missing_packages(package, processor, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=f"pip install {package}"):
         if package == "vllm":
-            VllmBackend("llm", processor, 20)
+            VllmBackend("llm", prompter(processor), 20)
         else:
             OpenAIBackend("http://localhost:8000/v1", TINY, 20)
 
@@ -323,7 +328,7 @@ def test_vllm_calls_with_a_stand_in(processor, monkeypatch):
                 yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=finish_reason)])
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
-    backend = VllmBackend("some-llm", processor, 20, gpu_memory_utilization=0.5)
+    backend = VllmBackend("some-llm", prompter(processor), 20, gpu_memory_utilization=0.5)
     seen = []
     answers = backend.answer(PROMPTS[:3], seen.append)
 
@@ -340,9 +345,11 @@ def test_vllm_calls_with_a_stand_in(processor, monkeypatch):
 
 
 def test_transformers(model, processor):
-    answers = TransformersBackend(model, processor, max_new_tokens=5, batch_tokens=200).answer(PROMPTS)
-    assert answers == generate_targets(model, processor, PROMPTS, max_new_tokens=5, batch_tokens=200)
-    assert len(answers) == len(PROMPTS)
+    seen = []
+    backend = TransformersBackend(model, prompter(processor), max_new_tokens=5, batch_tokens=200)
+    answers = backend.answer(PROMPTS, seen.append)
+    assert answers == generate_targets(model, prompter(processor), PROMPTS, max_new_tokens=5, batch_tokens=200)
+    assert sorted(answers) == sorted(seen) and len(answers) == len(PROMPTS)
 
 
 class TransformersServe:
@@ -383,7 +390,7 @@ def test_real_server_killed_midway(real_speech_model, real_text_model, librivox,
     prompts = [(instruction, clip.text) for clip in librivox[:2] for instruction in instructions]
     model, processor = compose(str(real_speech_model), str(real_text_model))
     assert AutoConfig.from_pretrained(real_text_model).dtype == model.dtype, "what the server computes in"
-    here = TransformersBackend(model, processor, max_new_tokens=16, batch_tokens=1).answer(prompts)
+    here = TransformersBackend(model, prompter(processor), max_new_tokens=16, batch_tokens=1).answer(prompts)
 
     server = TransformersServe(real_text_model, tmp_path)
     seen = []

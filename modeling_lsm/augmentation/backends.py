@@ -16,9 +16,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from ..modeling_lsm import LsmForConditionalGeneration
-from ..processing_lsm import LsmProcessor, make_chat
+import torch
+from transformers import PreTrainedModel
+
+from ..processing_lsm import make_chat
 from .generation import Answer, generate_targets
+from .prompts import Prompter
+from .text_model import TextModel
 
 
 logger = logging.getLogger(__name__)
@@ -33,26 +37,24 @@ def ignore(answer: Answer) -> None:
 
 class TransformersBackend:
     """
-    Answers with an LSM in this process.
+    Answers with a model in this process.
 
     Args:
-        model ([`LsmForConditionalGeneration`]): The model whose LLM answers.
-        processor ([`LsmProcessor`]): Its processor.
+        model (`PreTrainedModel`): The LSM whose LLM answers, or a causal LM.
+        prompter ([`Prompter`]): Writes its prompts.
         max_new_tokens (`int`): Longest answer.
         batch_tokens (`int`): Tokens per batch, prompts and answers, with padding.
     """
 
-    def __init__(
-        self, model: LsmForConditionalGeneration, processor: LsmProcessor, max_new_tokens: int, batch_tokens: int
-    ):
+    def __init__(self, model: PreTrainedModel, prompter: Prompter, max_new_tokens: int, batch_tokens: int):
         self.model = model
-        self.processor = processor
+        self.prompter = prompter
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
 
     def answer(self, prompts: list[tuple[str, str]], on_answer: Callable[[Answer], None] = ignore) -> list[Answer]:
         """Answers `prompts`, instructions and transcripts; `on_answer` is called with each answer once it is there."""
-        return generate_targets(self.model, self.processor, prompts, self.max_new_tokens, self.batch_tokens, on_answer)
+        return generate_targets(self.model, self.prompter, prompts, self.max_new_tokens, self.batch_tokens, on_answer)
 
 
 class VllmBackend:
@@ -62,7 +64,7 @@ class VllmBackend:
 
     Args:
         text_model (`str`): Hub id or folder of the LLM that the LSM was composed of.
-        processor ([`LsmProcessor`]): The LSM's processor. It writes the prompts, so they are those of training.
+        prompter ([`Prompter`]): Writes the prompts, so they are those of training.
         max_new_tokens (`int`): Longest answer.
         engine_kwargs (*optional*): Settings of `vllm.LLM`, like `gpu_memory_utilization` or `tensor_parallel_size`.
 
@@ -70,7 +72,7 @@ class VllmBackend:
         ImportError: If vLLM is not installed.
     """
 
-    def __init__(self, text_model: str, processor: LsmProcessor, max_new_tokens: int, **engine_kwargs: Any):
+    def __init__(self, text_model: str, prompter: Prompter, max_new_tokens: int, **engine_kwargs: Any):
         try:
             import vllm
         except ImportError as error:
@@ -78,7 +80,7 @@ class VllmBackend:
                 "Answering with vLLM in this process needs vllm: pip install vllm. Where its pins exclude this "
                 "package's, run `vllm serve` in an environment of its own and answer with that server."
             ) from error
-        self.processor = processor
+        self.prompter = prompter
         self.engine = vllm.LLM(model=text_model, **engine_kwargs)
         # transformers applies the LLM's own penalty to greedy decoding as well. Both stop at the LLM's own end tokens.
         penalty = self.engine.get_default_sampling_params().repetition_penalty
@@ -88,16 +90,11 @@ class VllmBackend:
 
     def answer(self, prompts: list[tuple[str, str]], on_answer: Callable[[Answer], None] = ignore) -> list[Answer]:
         """Answers `prompts`, instructions and transcripts; `on_answer` is called with each answer at the end."""
-        chats = [make_chat(instruction, transcript=transcript) for instruction, transcript in prompts]
-        inputs = [
-            self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
-            for chat in chats
-        ]
-        requests = [{"prompt_token_ids": prompt["input_ids"][0].tolist()} for prompt in inputs]
+        requests = [{"prompt_token_ids": token_ids} for token_ids in self.prompter.encode(prompts)]
         answers = []
         for request in self.engine.generate(requests, self.settings, use_tqdm=False):
             output = request.outputs[0]
-            text = self.processor.decode(output.token_ids, skip_special_tokens=True).strip()
+            text = self.prompter.decode(output.token_ids)
             answers.append(Answer(text, output.finish_reason == "stop", len(output.token_ids)))
             on_answer(answers[-1])
         return answers
@@ -249,3 +246,27 @@ def retry_after(headers: Mapping[str, str]) -> float:
 
 
 __all__ = ["OpenAIBackend", "TransformersBackend", "VllmBackend"]
+
+
+def make_backend(text_model: TextModel, args: Any, device: torch.device) -> Any:
+    """
+    The backend that the arguments of `augment.py` ask for.
+
+    Raises:
+        ValueError: If there is no such backend, or an argument that it needs is missing.
+    """
+    if args.backend == "transformers":
+        model = text_model.load(args.dtype, device)
+        return TransformersBackend(model, text_model.prompter, args.max_new_tokens, args.batch_tokens)
+    if args.backend == "vllm":
+        if text_model.is_lsm:
+            raise ValueError(
+                f"vLLM cannot load the LSM {text_model.name}. Give --model_name_or_path the LLM that it was composed "
+                "from."
+            )
+        return VllmBackend(text_model.name, text_model.prompter, args.max_new_tokens, dtype=args.dtype)
+    if args.backend == "openai":
+        if args.base_url is None or args.served_model is None:
+            raise ValueError("--backend openai needs --base_url, the server, and --served_model, the LLM's id there.")
+        return OpenAIBackend(args.base_url, args.served_model, args.max_new_tokens, args.concurrency)
+    raise ValueError(f"--backend is {args.backend!r}; expected 'transformers', 'vllm' or 'openai'.")

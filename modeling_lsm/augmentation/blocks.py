@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 
 OUTCOMES = ("accepted", "rejected", "unreadable")
+COLUMNS = ("row_id", "source", "audio", "text", "task", "instruction", "target", "reason")
+EMBEDDED_AUDIO = pa.struct({"path": pa.string(), "bytes": pa.binary()})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -38,13 +40,16 @@ class BlockStore:
     Args:
         output_dir (`str` or `os.PathLike`): The folder, made if need be.
         settings (`dict`): Whatever decides what the rows will be. A folder holds rows of one setting only.
+        embeds_audio (`bool`, *optional*, defaults to `False`): Whether `audio` is a dict rather than a path.
 
     Raises:
         ValueError: If the folder holds the beginnings of a job with other settings.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, settings: dict[str, Any]):
+    def __init__(self, output_dir: str | os.PathLike, settings: dict[str, Any], embeds_audio: bool = False):
         self.output_dir = Path(output_dir)
+        audio = EMBEDDED_AUDIO if embeds_audio else pa.string()
+        self.schema = pa.schema([(name, audio if name == "audio" else pa.string()) for name in COLUMNS])
         for name in (*OUTCOMES, "journal"):
             (self.output_dir / name).mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))
@@ -75,14 +80,15 @@ class BlockStore:
 
         Args:
             block (`int`): Its index.
-            rows (`dict[str, list[dict]]`): Rows by outcome, one of `"accepted"`, `"rejected"`, `"unreadable"`.
+            rows (`dict[str, list[dict]]`): Rows by outcome, one of `"accepted"`, `"rejected"`, `"unreadable"`, with
+                some of the keys `COLUMNS`.
             counts (`dict[str, int]`): Figures to add up over all blocks.
         """
         for outcome in OUTCOMES:
             path = self.output_dir / outcome / f"{block:06d}.parquet"
             if rows.get(outcome):
                 buffer = pa.BufferOutputStream()
-                pq.write_table(pa.Table.from_pylist(rows[outcome]), buffer)
+                pq.write_table(pa.Table.from_pylist(rows[outcome], schema=self.schema), buffer)
                 write_atomically(path, buffer.getvalue().to_pybytes())
             else:
                 path.unlink(missing_ok=True)

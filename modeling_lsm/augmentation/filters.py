@@ -6,15 +6,45 @@ import unicodedata
 from .tasks import Task
 
 
-MIN_LOOP_REPEATS = 4
-TERMINAL_PUNCTUATION = tuple(".!?…。！？”\"'»)]*`")
+TERMINAL_PUNCTUATION = tuple(".!?…。！？।؟۔”\"'»」』)]*`")
 REFUSAL = re.compile(
-    r"\b(as an? (ai|language model|digital assistant)|i(?:'m| am) (?:just |only )?an? (?:ai|language model)"
-    r"|i(?:'m| am) sorry,? but|i (?:can(?:no|')t|am unable to) (?:assist|help|fulfil|comply|hear|listen))",
+    r"\b(as an? (ai|artificial intelligence|language model|digital assistant)"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model|virtual assistant)"
+    r"|i(?:'m| am) sorry,? but|i apologi[sz]e,? but"
+    r"|i (?:can(?:no|')t|am unable to|'m unable to|do not have the ability to|don't have the ability to)"
+    r" (?:assist|help|fulfil|comply|hear|listen|access|process|provide|translate|transcribe)"
+    r"|please provide (?:me with )?(?:the|a|more|some) (?:text|passage|sentence|context|audio|information))",
     re.IGNORECASE,
 )
-# Instructions and labels end as their authors end them; these answers end in words.
-NO_PUNCTUATION_NEEDED = {"transcription", "keyword"}
+# The writing systems that `unicodedata` names the letters of these languages after; all other languages: Latin.
+SCRIPTS = {
+    "arabic": "ARABIC",
+    "armenian": "ARMENIAN",
+    "belarusian": "CYRILLIC",
+    "bengali": "BENGALI",
+    "bulgarian": "CYRILLIC",
+    "cantonese": "CJK",
+    "chinese": "CJK",
+    "georgian": "GEORGIAN",
+    "greek": "GREEK",
+    "hebrew": "HEBREW",
+    "hindi": "DEVANAGARI",
+    "japanese": "CJK HIRAGANA KATAKANA",
+    "kazakh": "CYRILLIC",
+    "korean": "HANGUL",
+    "macedonian": "CYRILLIC",
+    "mandarin": "CJK",
+    "marathi": "DEVANAGARI",
+    "nepali": "DEVANAGARI",
+    "persian": "ARABIC",
+    "russian": "CYRILLIC",
+    "serbian": "CYRILLIC LATIN",
+    "tamil": "TAMIL",
+    "telugu": "TELUGU",
+    "thai": "THAI",
+    "ukrainian": "CYRILLIC",
+    "urdu": "ARABIC",
+}
 
 
 def normalize(text: str) -> str:
@@ -24,17 +54,37 @@ def normalize(text: str) -> str:
 
 
 def has_loop(text: str) -> bool:
-    """Whether a run of one to eight words stands `MIN_LOOP_REPEATS` times in a row."""
+    """
+    Whether the same run stands again and again in a row: four times a run of one to three words, three times a longer
+    one, up to twenty words; or, where words are not spaced, six times a run of up to twenty characters.
+    """
     words = normalize(text).split()
-    for size in range(1, 9):
-        for start in range(len(words) - size * MIN_LOOP_REPEATS + 1):
-            run = words[start : start + size]
-            if all(words[start + i * size : start + (i + 1) * size] == run for i in range(1, MIN_LOOP_REPEATS)):
+    for size in range(1, 21):
+        needed = (4 if size <= 3 else 3) * size - size  # words that equal the word `size` places before them
+        matched = 0
+        for index in range(size, len(words)):
+            matched = matched + 1 if words[index] == words[index - size] else 0
+            if matched >= needed:
                 return True
-    return False
+    return re.search(r"([^\W\d_][^\n]{0,19}?)\1{5}", text) is not None
 
 
-def rejection_reason(task: Task, instruction: str, transcript: str, target: str, finished: bool) -> str | None:
+def in_script_of(text: str, language: str) -> bool:
+    """Whether most letters of `text` are of the writing system of `language`, an English name like `"Japanese"`."""
+    scripts = tuple(SCRIPTS.get(language.split("(")[0].strip().lower(), "LATIN").split())
+    letters = [character for character in text if character.isalpha()]
+    return 2 * sum(unicodedata.name(letter, "").startswith(scripts) for letter in letters) >= len(letters)
+
+
+def rejection_reason(
+    task: Task,
+    instruction: str,
+    transcript: str,
+    target: str,
+    finished: bool,
+    target_language: str = "English",
+    require_terminal_punctuation: bool = True,
+) -> str | None:
     """
     Why a target is rejected, or `None` if it is fit to learn from.
 
@@ -44,21 +94,31 @@ def rejection_reason(task: Task, instruction: str, transcript: str, target: str,
         transcript (`str`): The transcript that it was followed on.
         target (`str`): The answer.
         finished (`bool`): Whether the LLM ended its answer itself.
+        target_language (`str`, *optional*): Language of the tasks that are answered in one.
+        require_terminal_punctuation (`bool`, *optional*, defaults to `True`): Whether tasks may ask for it.
     """
     if not target.strip():
         return "empty"
     if not task.generated:
         return None
-    if not finished:
-        return "unfinished"
     if has_loop(target):
         return "loop"
+    if not finished:
+        return "no end token"
+    if not any(character.isalnum() for character in target):
+        return "too short"
+    if task.max_length_ratio is not None and len(target) > task.max_length_ratio * max(len(transcript), 20):
+        return "too long"
     if REFUSAL.search(target):
         return "refusal"
-    if normalize(instruction) in normalize(target):
+    plain = normalize(target)
+    if normalize(instruction) in plain:
         return "echo of the instruction"
-    if task.name != "repetition" and normalize(target) == normalize(transcript):
-        return "transcript"
-    if task.name not in NO_PUNCTUATION_NEEDED and not target.rstrip().endswith(TERMINAL_PUNCTUATION):
+    if not task.may_repeat and plain == normalize(transcript):
+        return "same as the transcript"
+    if task.in_target_language and not in_script_of(target, target_language):
+        return "wrong script"
+    ends_openly = not target.rstrip().endswith(TERMINAL_PUNCTUATION)
+    if require_terminal_punctuation and task.terminal_punctuation and ends_openly:
         return "no terminal punctuation"
     return None

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
-from ..modeling_lsm import LsmForConditionalGeneration
-from ..processing_lsm import LsmProcessor, make_chat
+from .prompts import Prompter
 
 
 class Answer(NamedTuple):
@@ -42,43 +42,39 @@ def batches_under_budget(lengths: list[int], budget: int) -> Iterator[list[int]]
 
 @torch.inference_mode()
 def generate_targets(
-    model: LsmForConditionalGeneration,
-    processor: LsmProcessor,
+    model: PreTrainedModel,
+    prompter: Prompter,
     prompts: list[tuple[str, str]],
     max_new_tokens: int = 225,
     batch_tokens: int = 8192,
-    on_batch: Callable[[int], None] = lambda size: None,
-) -> list[tuple[str, bool]]:
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> list[Answer]:
     """
     Follows instructions on transcripts, greedily.
 
     Args:
-        model ([`LsmForConditionalGeneration`]): The model whose LLM answers.
-        processor ([`LsmProcessor`]): Renders the prompt that training will use, with the transcript for the speech.
+        model (`PreTrainedModel`): The LSM whose LLM answers, or a causal LM.
+        prompter ([`Prompter`]): Writes the prompt that training will use, with the transcript for the speech.
         prompts (`list[tuple[str, str]]`): Instructions and transcripts.
         max_new_tokens (`int`, *optional*, defaults to 225): Longest answer; the paper's figure.
         batch_tokens (`int`, *optional*, defaults to 8192): Tokens per batch, prompts and answers, with padding.
-        on_batch (*optional*): Called with the number of prompts of each batch that is done.
+        on_answer (*optional*): Called with every answer once it is there.
 
     Returns:
-        `list[tuple[str, bool]]`: For every prompt the answer, and whether the LLM ended it itself.
+        `list[Answer]`: An answer for every prompt, in order.
     """
-    chats = [make_chat(instruction, transcript=transcript) for instruction, transcript in prompts]
-    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
-    lengths = [len(ids) + max_new_tokens for ids in processor.tokenizer(texts)["input_ids"]]
+    token_ids = prompter.encode(prompts)
     end_tokens = model.generation_config.eos_token_id
-    end_tokens = torch.tensor([end_tokens] if isinstance(end_tokens, int) else end_tokens, device=model.device)
-
-    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    for batch in batches_under_budget(lengths, batch_tokens):
-        inputs = processor.apply_chat_template(
-            [chats[index] for index in batch], add_generation_prompt=True, tokenize=True, return_dict=True
+    end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens)
+    answers: list[Answer | None] = [None] * len(prompts)
+    for batch in batches_under_budget([len(ids) + max_new_tokens for ids in token_ids], batch_tokens):
+        inputs = prompter.tokenizer.pad(
+            {"input_ids": [token_ids[index] for index in batch]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-        finished = torch.isin(new_tokens, end_tokens).any(dim=1).tolist()
-        decoded = processor.batch_decode(new_tokens, skip_special_tokens=True)
-        for index, answer, ended in zip(batch, decoded, finished, strict=True):
-            answers[index] = (answer.strip(), ended)
-        on_batch(len(batch))
+        for index, tokens in zip(batch, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            length = next((i + 1 for i, token in enumerate(tokens) if token in end_tokens), None)
+            finished, tokens = length is not None, tokens[:length]
+            answers[index] = Answer(prompter.decode(tokens), finished, len(tokens))
+            on_answer(answers[index])
     return answers

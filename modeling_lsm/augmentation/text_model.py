@@ -1,0 +1,53 @@
+"""The LLM that writes the targets: that of an LSM, or one that an LSM will be composed from."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..composing import read_chat_template
+from ..configuration_lsm import LsmConfig
+from ..fingerprints import fingerprint_llm, hash_text
+from ..modeling_lsm import LsmForConditionalGeneration
+from ..processing_lsm import LsmProcessor
+from .prompts import Prompter
+
+
+class TextModel:
+    """
+    An LLM with its `config` and [`Prompter`]. Weights are loaded when asked for.
+
+    Args:
+        name (`str`): An LSM checkpoint or a causal LM: a folder or a Hub id.
+        chat_template (`str`, *optional*): For a causal LM without one, see [`~composing.read_chat_template`].
+    """
+
+    def __init__(self, name: str, chat_template: str | None = None):
+        self.name = name
+        self.config = AutoConfig.from_pretrained(name)
+        self.is_lsm = isinstance(self.config, LsmConfig)
+        if self.is_lsm:
+            processor = LsmProcessor.from_pretrained(name)
+            processor.check_matches(self.config)
+            self.prompter = Prompter(processor.tokenizer, processor.chat_template)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            self.prompter = Prompter(tokenizer, read_chat_template(chat_template, tokenizer))
+
+    def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """The model with its weights: an LSM, or the causal LM."""
+        model_class = LsmForConditionalGeneration if self.is_lsm else AutoModelForCausalLM
+        return model_class.from_pretrained(self.name, dtype=dtype).to(device)
+
+    def provenance(self) -> dict[str, Any]:
+        """What identifies the LLM and its prompt."""
+        base = (self.config.base_models or {}).get("text", {}) if self.is_lsm else {}
+        return {
+            "id": base.get("id") or self.name.rstrip("/").split("/")[-1],
+            "revision": base.get("revision") if self.is_lsm else getattr(self.config, "_commit_hash", None),
+            "fingerprint": fingerprint_llm(self.name),
+            "template_hash": hash_text(self.prompter.chat_template),
+        }
+
+
+__all__ = ["TextModel"]
