@@ -79,7 +79,9 @@ class AugmentArguments:
 
     backend: str = field(default="transformers", metadata={"help": "'transformers', 'vllm' or 'openai' (a server)."})
     max_new_tokens: int = field(default=225, metadata={"help": "Longest target, in tokens."})
-    batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch, prompts and answers."})
+    batch_tokens: int = field(
+        default=16384, metadata={"help": "Tokens to have room for: rows at a time, times longest prompt and answer."}
+    )
     dtype: str = field(default="auto", metadata={"help": "dtype that the LLM is loaded in."})
     chat_template: str | None = field(
         default=None, metadata={"help": "For a causal LM without a chat template: as for modeling_lsm.composing."}

@@ -43,7 +43,7 @@ class TransformersBackend:
         model (`PreTrainedModel`): The LSM whose LLM answers, or a causal LM.
         prompter ([`Prompter`]): Writes its prompts.
         max_new_tokens (`int`): Longest answer.
-        batch_tokens (`int`): Tokens per batch, prompts and answers, with padding.
+        batch_tokens (`int`): Tokens to have room for, see [`greedy_decode`].
     """
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, max_new_tokens: int, batch_tokens: int):
