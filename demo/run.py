@@ -19,6 +19,7 @@ import torch
 from demo.fetch_models import fetch_speech_model, fetch_text_model
 from demo.synthesize import MANIFEST_NAME, read_sentences, synthesize
 from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
+from modeling_lsm.augmentation import load_tasks
 
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ RECORDINGS = ROOT / "tests" / "fixtures" / "librivox"
 NUM_SENTENCES = 6
 NUM_HELD_OUT = 3  # synthetic clips that training does not see, besides one real recording
 TASKS = ["transcription", "repetition", "sentiment"]
-QUESTION = "Write down the words that follow, exactly as they are."
+INSTRUCTIONS = Path(__file__).with_name("instructions.yaml")
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     run(
         augmented / "provenance.json",
         ["augment.py", "--model_name_or_path", composed, "--dataset", train_manifest, "--tasks", *TASKS]
-        + ["--num_targets_per_row", str(len(TASKS)), "--max_new_tokens", "64"],
+        + ["--instructions_file", INSTRUCTIONS, "--num_targets_per_row", str(len(TASKS)), "--max_new_tokens", "64"],
         augmented,
     )
 
@@ -148,11 +149,14 @@ def summarize(output_dir: Path, seconds: float) -> dict:
     pipe = LsmPipeline(
         model=LsmForConditionalGeneration.from_pretrained(trained), processor=LsmProcessor.from_pretrained(trained)
     )
+    question = load_tasks(["transcription"], target_language="", instructions_file=str(INSTRUCTIONS))[0].instructions[
+        0
+    ]
     answers = {}
     for part in ("train", "heldout"):
         row = read_manifest(output_dir / "speech" / f"{part}.jsonl")[0]
         clip = output_dir / "speech" / row["audio"]
-        answer = pipe(str(clip), text=QUESTION, max_new_tokens=48, do_sample=False)[0]["generated_text"]
+        answer = pipe(str(clip), text=question, max_new_tokens=48, do_sample=False)[0]["generated_text"]
         answers[part] = {"clip": str(clip), "said": row["text"], "answer": answer}
     state = json.loads((trained / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
@@ -161,7 +165,7 @@ def summarize(output_dir: Path, seconds: float) -> dict:
         "checkpoint": str(trained),
         "loss_first": losses[0],
         "loss_last": losses[-1],
-        "question": QUESTION,
+        "question": question,
         "answer": answers["train"]["answer"],
         "answers": answers,
         "wer_held_out": results["wer"],

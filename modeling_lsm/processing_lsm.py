@@ -307,6 +307,9 @@ class LsmProcessor(ProcessorMixin):
             clips = audio if isinstance(audio, list) and not is_list_of_numbers(audio) else [audio]
             rate = self.feature_extractor.sampling_rate
             audio = [load_waveform(clip, sampling_rate, rate) for clip in clips] or None
+        if "padding_side" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
+            # Said in every call: a trainer may have turned the tokenizer's own side, which would come first.
+            kwargs["padding_side"] = self.text_kwargs["padding_side"]
         return super().__call__(text=text, audio=audio, **kwargs)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):

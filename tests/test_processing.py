@@ -559,3 +559,14 @@ def test_templates_are_part_of_the_package():
     assert {"vicuna", "with_audio"} <= {path.stem for path in folder.glob("*.jinja")}
     with pytest.raises(ValueError, match="no chat template 'alpaca'; expected a Jinja file or one of vicuna"):
         read_chat_template("alpaca", tiny.make_tokenizer())
+
+
+def test_padding_is_on_the_left_whatever_side_the_tokenizer_has(processor):
+    chats = [make_chat(instruction, transcript="a cat") for instruction in ("Why?", "What for, I wonder?")]
+    expected = tiny.ask(processor, *chats)
+    processor.tokenizer.padding_side = processor.tokenizer.init_kwargs["padding_side"] = "right"
+    turned = tiny.ask(processor, *chats)
+    assert turned["attention_mask"][0, 0] == 0
+    assert torch.equal(turned["input_ids"], expected["input_ids"])
+    right = tiny.ask(processor, *chats, processor_kwargs={"padding_side": "right"})
+    assert right["attention_mask"][0, 0] == 1
