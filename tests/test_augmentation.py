@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import augment
 from modeling_lsm import LsmPipeline, make_chat
 from modeling_lsm.augmentation import (
+    Answer,
     BlockStore,
     Task,
     TextModel,
@@ -367,6 +369,56 @@ def test_embedded_audio_travels_with_its_row(tiny_checkpoint, librivox, tmp_path
     subprocess.run(augment_command(tiny_checkpoint, tmp_path / "rows.parquet", tmp_path / "out", *more), check=True)
     rows = read_outcomes(tmp_path / "out")
     assert {row["audio"]["bytes"] for row in rows.values()} == {clip.path.read_bytes() for clip in librivox}
+
+
+class Stub:
+    """A backend that gives every prompt one answer: for what is around the backends."""
+
+    def answer(self, prompts, on_answer):
+        return [Answer("To say what is said here.", True, 7) for _ in prompts]
+
+
+def test_publishing_sends_all_but_the_journal(tiny_checkpoint, librivox, tmp_path, monkeypatch):
+    sent = {}
+    monkeypatch.setattr(
+        augment.HfApi, "create_repo", lambda self, repo_id, **kwargs: sent.update(repo=repo_id, **kwargs)
+    )
+    monkeypatch.setattr(augment.HfApi, "upload_folder", lambda self, **kwargs: sent.update(kwargs))
+    args = augment.AugmentArguments(
+        model_name_or_path=str(tiny_checkpoint),
+        dataset=str(librivox[0].path.parent),
+        output_dir=str(tmp_path),
+        num_targets_per_row=7,
+        push_to_hub="me/targets",
+    )
+    augment.main(args, backend=Stub())
+    assert (sent["repo"], sent["repo_id"], sent["repo_type"]) == ("me/targets", "me/targets", "dataset")
+    assert sent["folder_path"] == tmp_path and sent["ignore_patterns"] == "journal/*"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"accepted", "rejected", "unreadable", "provenance.json", "report.md", "README.md"}
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["llm"].keys() == {"id", "revision", "fingerprint", "template_hash"}
+    assert provenance["settings"]["instructions_hash"] and provenance["versions"]["transformers"]
+    assert provenance["counts"]["accepted: transcription"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_targets_per_row": 9}, "--num_targets_per_row is 9; expected 1 to 7"),
+        ({"task_weights": [1.0]}, r"--task_weights is \[1.0\]; expected 7 numbers above 0"),
+        ({"check_audio": "maybe"}, "--check_audio is 'maybe'"),
+        ({"shard_index": 1}, "--shard_index is 1; expected 0 to 0"),
+        ({"backend": "magic"}, "--backend is 'magic'; expected 'transformers', 'vllm' or 'openai'"),
+        ({"backend": "openai"}, "needs --base_url"),
+        ({"backend": "vllm"}, "vLLM cannot load the LSM"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message, tiny_checkpoint, librivox, tmp_path):
+    where = {"dataset": str(librivox[0].path.parent), "output_dir": str(tmp_path)}
+    args = augment.AugmentArguments(model_name_or_path=str(tiny_checkpoint), **where, **arguments)
+    with pytest.raises(ValueError, match=message):
+        augment.main(args)
 
 
 MILLION = """
