@@ -37,8 +37,8 @@ class Row:
     ended: bool = False
 
 
-# transformers' own continuous batching, `model.generate_batch`, gives the same answers, but takes over twice as long on
-# a CPU (16 prompts to SmolLM2 135M, 64 new tokens, one core: 25 s; here 11 s).
+# transformers' own continuous batching, `model.generate_batch`, gives the same answers, but takes over twice as long
+# on a CPU (16 prompts to SmolLM2 135M, 64 new tokens, one core: 25 s; here 11 s).
 @torch.inference_mode()
 def greedy_decode(
     model: PreTrainedModel,
