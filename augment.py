@@ -55,6 +55,7 @@ class AugmentArguments:
     output_dir: str = field(metadata={"help": "Folder for accepted/, rejected/, unreadable/ and the reports."})
     audio_column: str = field(default="audio", metadata={"help": "Column with the audio; in a tar, e.g. 'flac'."})
     text_column: str = field(default="text", metadata={"help": "Column with the transcript; in a tar, e.g. 'txt'."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     check_audio: str = field(
@@ -101,7 +102,7 @@ class AugmentArguments:
 def main(args: AugmentArguments, backend=None) -> None:
     tasks = load_tasks(args.tasks, args.target_language, args.instructions_file)
     check_arguments(args, len(tasks))
-    corpus = Corpus(args.dataset, args.audio_column, args.text_column, args.split, args.max_rows)
+    corpus = Corpus(args.dataset, args.audio_column, args.text_column, args.dataset_config, args.split, args.max_rows)
     text_model = TextModel(args.model_name_or_path, args.chat_template)
     settings = {key: value for key, value in asdict(args).items() if key not in SCHEDULING}
     settings["corpus_bytes"] = {file.name: file.stat().st_size for file in corpus.files}
@@ -110,11 +111,12 @@ def main(args: AugmentArguments, backend=None) -> None:
         "\n".join(file.read_text(encoding="utf-8") for file in instructions_files)
     )
     settings["llm"] = text_model.provenance()
-    store = BlockStore(args.output_dir, settings, corpus.embeds_audio)
-
+    if args.backend == "openai":
+        settings["llm"]["template_hash"] = None  # the server writes the prompts, with whatever template it has
     state = PartialState()
     if backend is None:
-        backend = make_backend(text_model, args, state.device)
+        backend = make_backend(text_model, args, state)
+    store = BlockStore(args.output_dir, settings, corpus.embeds_audio)
     job = JobSettings(
         tasks=tasks,
         weights=args.task_weights or [1.0] * len(tasks),
@@ -148,14 +150,18 @@ def main(args: AugmentArguments, backend=None) -> None:
     accepted = sum(count for key, count in counts.items() if key.startswith("accepted"))
     logger.info("%s: %d of %d rows accepted, see report.md there.", store.output_dir, accepted, sum(counts.values()))
     if args.push_to_hub:
-        HfApi().create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True)
+        repo_id = HfApi().create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True).repo_id
         HfApi().upload_folder(
-            repo_id=args.push_to_hub, repo_type="dataset", folder_path=store.output_dir, ignore_patterns="journal/*"
+            repo_id=repo_id, repo_type="dataset", folder_path=store.output_dir, ignore_patterns="journal/*"
         )
 
 
 def check_arguments(args: AugmentArguments, num_tasks: int) -> None:
-    """Raises a `ValueError` for arguments that contradict each other."""
+    """Raises a `ValueError` for arguments that make no sense."""
+    for name in ("max_transcript_chars", "max_new_tokens", "batch_tokens", "concurrency", "block_rows", "max_rows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; expected 1 or more.")
     if not 1 <= args.num_targets_per_row <= num_tasks:
         raise ValueError(
             f"--num_targets_per_row is {args.num_targets_per_row}; expected 1 to {num_tasks}, the number of tasks."

@@ -60,31 +60,35 @@ def main(args: EvalArguments) -> None:
         for row in rows
     ]
     if "instruction" in rows.column_names:
-        questions += [row for row in rows if row["task"] != "transcription"]
+        questions += [{"task": "", **row} for row in rows if row.get("task") != "transcription"]
 
-    mine = questions[state.process_index :: state.num_processes]
+    predictions: list[tuple[int, str]] = []
+    mine = list(range(len(questions)))[state.process_index :: state.num_processes]
     with tqdm(total=len(mine), desc="answers", unit="clip", disable=not state.is_local_main_process) as progress:
         for start in range(0, len(mine), args.batch_size):
             batch = mine[start : start + args.batch_size]
             answers = pipe(
-                [row["audio"] for row in batch],
-                text=[row["instruction"] for row in batch],
+                [questions[index]["audio"] for index in batch],
+                text=[questions[index]["instruction"] for index in batch],
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
                 do_sample=False,
             )
-            for row, answer in zip(batch, answers, strict=True):
-                row["prediction"] = answer[0]["generated_text"]
+            predictions += [(i, answer[0]["generated_text"]) for i, answer in zip(batch, answers, strict=True)]
             progress.update(len(batch))
-    answered = gather_object(mine)
+    predictions = dict(gather_object(predictions))
     if not state.is_main_process:
         return
+    answered = []
+    for index, question in enumerate(questions):
+        audio = question["audio"]["path"] if isinstance(question["audio"], dict) else question["audio"]
+        answered.append({**question, "audio": audio, "prediction": predictions[index]})
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as predictions:
+    with open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
         for row in answered:
-            predictions.write(json.dumps({**row, "audio": str(row["audio"])}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     transcribed = [row for row in answered if row["task"] == "transcription"]
     results = {
         "wer": word_error_rate([row["prediction"] for row in transcribed], [row["text"] for row in transcribed]),

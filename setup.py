@@ -26,7 +26,7 @@ def read_readme() -> str:
 AUDIO = ["soundfile", "torchaudio>=2.9"]
 TRAIN = [*AUDIO, "trl>=1.16", "peft>=0.21", "datasets>=5.2", "deepspeed>=0.19", "ninja", "matplotlib", "tqdm"]
 SERVER = ["openai>=3.54"]  # augment.py --backend openai
-EVAL = [*AUDIO, "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
+EVAL = [*AUDIO, "trl>=1.16", "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
 DEMO = [*TRAIN, *EVAL, "gguf>=0.10", "piper-tts>=1.3"]
 DEV = [*DEMO, *SERVER, "fastapi", "uvicorn", "pytest>=9", "ruff", "sentencepiece", "protobuf"]
 
@@ -42,8 +42,7 @@ setup(
     packages=find_packages(include=["modeling_lsm", "modeling_lsm.*"]),
     package_data={
         "modeling_lsm": ["chat_templates/*.jinja"],
-        "modeling_lsm.augmentation": ["*.json", "*.yaml"],
-        "modeling_lsm.evaluation": ["*.json", "*.yaml"],
+        "modeling_lsm.augmentation": ["*.yaml"],
     },
     python_requires=">=3.11",  # as transformers 5.23
     install_requires=[

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
+from huggingface_hub import HfApi
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
-from modeling_lsm.augmentation.provenance import check_provenance
+from modeling_lsm.augmentation import check_provenance, load_tasks
 from modeling_lsm.data import SpeechTextCollator, load_rows
 from modeling_lsm.training import PARTS, set_trained_parts
 
@@ -31,7 +32,7 @@ class ScriptArguments:
     )
     recipe: str = field(
         default="self_powered",
-        metadata={"help": "'self_powered' uses every row, 'vanilla' (the baseline) transcription alone."},
+        metadata={"help": "'self_powered' as the rows are, or 'vanilla', the baseline: all ask for transcripts."},
     )
     dtype: str = field(default="float32", metadata={"help": "dtype that the weights are loaded in."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the parts, e.g. 'sdpa'."})
@@ -57,9 +58,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
         [load_rows(source, columns=("audio", "instruction", "target")) for source in script_args.dataset]
     )
     if script_args.recipe == "vanilla":
-        rows = rows.filter(lambda row: row["task"] == "transcription")
-    if len(rows) == 0:
-        raise ValueError(f"{script_args.dataset} holds no rows for --recipe {script_args.recipe}.")
+        rows = ask_for_transcriptions(rows)
 
     # Rows are rendered, and audio is read, by the collator; there is nothing for the trainer to prepare.
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -69,21 +68,41 @@ def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
         args=training_args,
         train_dataset=rows,
         processing_class=processor,
-        data_collator=SpeechTextCollator(processor, training_args.max_length),
+        data_collator=SpeechTextCollator(processor, training_args.max_length, model.generation_config.eos_token_id),
     )
     trainer.train(
         resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
     )
 
     trainer.save_state()
-    state_dict = trainer.accelerator.get_state_dict(trainer.model)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # under ZeRO the engine has the weights
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         pipe = LsmPipeline(model=model, processor=processor, device=model.device)
-        pipe.save_pretrained(training_args.output_dir, state_dict=state_dict)
+        name = training_args.hub_model_id or Path(training_args.output_dir).name
+        pipe.save_pretrained(training_args.output_dir, name=name, state_dict=state_dict)
         if training_args.push_to_hub:
-            pipe.push_to_hub(training_args.hub_model_id or training_args.output_dir)
+            api = HfApi(token=training_args.hub_token)
+            repo_id = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            api.upload_folder(
+                repo_id=repo_id, folder_path=training_args.output_dir, ignore_patterns=["checkpoint-*/*"]
+            )
     trainer.accelerator.wait_for_everyone()
+
+
+def ask_for_transcriptions(rows: Dataset) -> Dataset:
+    """
+    The baseline on the same audio: every row asks for its transcript, in one of the wordings of that task. A clip that
+    has several targets stands as often as it did.
+    """
+    if "text" not in rows.column_names:
+        raise ValueError(f"--recipe vanilla needs the transcripts in a column `text`; there are {rows.column_names}.")
+    wordings = load_tasks(["transcription"], target_language="")[0].instructions
+    instructions = [wordings[index % len(wordings)] for index in range(len(rows))]
+    changed = ("task", "instruction", "target")
+    rows = rows.remove_columns([column for column in changed if column in rows.column_names])
+    rows = rows.add_column("instruction", instructions).add_column("target", rows["text"][:])
+    return rows.add_column("task", ["transcription"] * len(rows))
 
 
 def last_checkpoint(output_dir: str) -> str | None:

@@ -80,6 +80,8 @@ def read_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     available = sorted(path.stem for path in TEMPLATE_DIR.glob("*.jinja") if path.stem != PRELUDE)
     if name is None:
         template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
         if template is None:
             raise ValueError(
                 f"The tokenizer of {tokenizer.name_or_path} has no chat template. Name one with --chat_template: a "
@@ -155,6 +157,11 @@ def compose(
     template = read_chat_template(chat_template, tokenizer)
     llm = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype)
     encoder = load_speech_encoder(speech_model, llm.dtype)
+    if getattr(llm.config, "vocab_size", None) is None:
+        raise ValueError(
+            f"{text_model} ({llm.config.model_type}) is not a plain causal LLM: its config has no vocab_size. Use the "
+            "text-only variant of the model."
+        )
     reference = reference_logits(llm, tokenizer)
 
     base_models = {

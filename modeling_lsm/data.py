@@ -87,14 +87,20 @@ class SpeechTextCollator:
     Args:
         processor ([`LsmProcessor`]): Renders, tokenizes and extracts features, as at inference.
         max_length (`int`, *optional*): Longest sequence that fits into the context, in tokens.
+        end_tokens (`list[int]`, *optional*): Tokens that end an answer, as the model's generation config lists them.
+            Defaults to the tokenizer's end token.
 
     Raises:
         ValueError: If a chat does not end in an answer, the template does not end answers with the end token, or a
             sequence is longer than `max_length`.
     """
 
-    def __init__(self, processor: LsmProcessor, max_length: int | None = None):
+    def __init__(
+        self, processor: LsmProcessor, max_length: int | None = None, end_tokens: int | list[int] | None = None
+    ):
         self.processor = processor
+        end_tokens = [end_tokens] if isinstance(end_tokens, int) else end_tokens or []
+        self.end_tokens = torch.tensor([*end_tokens, processor.tokenizer.eos_token_id])
         self.max_length = max_length
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -131,11 +137,12 @@ class SpeechTextCollator:
         extra = int((input_ids == self.processor.audio_token_id).sum()) - prompt.count(audio_token)
         start = len(prompt) + extra * len(audio_token)
         positions = torch.nonzero(offsets[:, 1] > start).flatten()
-        ends = torch.nonzero(input_ids[positions] == self.processor.tokenizer.eos_token_id).flatten()
+        ends = torch.nonzero(torch.isin(input_ids[positions], self.end_tokens)).flatten()
         if len(ends) == 0:
             raise ValueError(
-                f"The chat template does not end an answer with {self.processor.tokenizer.eos_token!r}, so a model "
-                "trained with it would never stop. Give the processor a template that does."
+                "The chat template does not end an answer with any of the end tokens "
+                f"{self.processor.tokenizer.convert_ids_to_tokens(self.end_tokens)}, so a model trained with it would "
+                "never stop. Give the processor a template that does."
             )
         return positions[: ends[0] + 1]
 

@@ -243,6 +243,8 @@ class LsmPipeline(Pipeline):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, name=repo_id, **kwargs)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
             )
@@ -277,10 +279,10 @@ def model_card(model: LsmForConditionalGeneration, name: str) -> str:
     else:
         training = "**Not trained yet**: the projector is random, so answers about speech mean nothing."
     ids = [base["id"] for base in base_models.values() if base.get("id")]
-    licenses = {base["license"] for base in base_models.values() if base.get("license")}
+    licenses = {base.get("license") for base in base_models.values()}
     metadata = "".join(f"- {id_}\n" for id_ in ids)
     metadata = f"base_model:\n{metadata}" if ids else ""
-    if len(licenses) == 1:
+    if len(licenses) == 1 and None not in licenses:
         metadata += f"license: {licenses.pop()}\n"
     return CARD.format(
         title=name.rsplit("/", 1)[-1],

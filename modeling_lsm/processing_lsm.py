@@ -182,6 +182,11 @@ def to_mono_float(samples: Any, name: str) -> np.ndarray:
         raise ValueError(
             f"The {name} has the type {samples.dtype}; expected integer or float samples, a path, or bytes."
         )
+    if samples.dtype.kind in "iu" and samples.dtype.itemsize > 4:
+        raise ValueError(
+            f"The {name} holds {samples.dtype} samples, whose full scale nobody uses. Pass 8-, 16- or 32-bit "
+            "integers, or floats within ±1."
+        )
     if samples.ndim == 2 and min(samples.shape) <= MAX_CHANNELS:
         channel_axis = int(np.argmin(samples.shape))
     elif samples.ndim == 1:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -163,6 +164,8 @@ def test_what_a_task_asks_for(tasks):
         ("Grüß Gott", "German", True),
         ("Привет", "German", False),
         ("123", "Hindi", True),
+        ("今天天气很好。", "Simplified Chinese", True),
+        ("Whatever", "Klingon", True),
     ],
 )
 def test_scripts(text, language, expected):
@@ -380,19 +383,22 @@ class Stub:
 
 def test_publishing_sends_all_but_the_journal(tiny_checkpoint, librivox, tmp_path, monkeypatch):
     sent = {}
-    monkeypatch.setattr(
-        augment.HfApi, "create_repo", lambda self, repo_id, **kwargs: sent.update(repo=repo_id, **kwargs)
-    )
+
+    def create_repo(self, repo_id, repo_type, exist_ok):
+        assert repo_type == "dataset" and exist_ok
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    monkeypatch.setattr(augment.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(augment.HfApi, "upload_folder", lambda self, **kwargs: sent.update(kwargs))
     args = augment.AugmentArguments(
         model_name_or_path=str(tiny_checkpoint),
         dataset=str(librivox[0].path.parent),
         output_dir=str(tmp_path),
         num_targets_per_row=7,
-        push_to_hub="me/targets",
+        push_to_hub="targets",
     )
     augment.main(args, backend=Stub())
-    assert (sent["repo"], sent["repo_id"], sent["repo_type"]) == ("me/targets", "me/targets", "dataset")
+    assert (sent["repo_id"], sent["repo_type"]) == ("me/targets", "dataset")
     assert sent["folder_path"] == tmp_path and sent["ignore_patterns"] == "journal/*"
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"accepted", "rejected", "unreadable", "provenance.json", "report.md", "README.md"}
@@ -409,6 +415,7 @@ def test_publishing_sends_all_but_the_journal(tiny_checkpoint, librivox, tmp_pat
         ({"task_weights": [1.0]}, r"--task_weights is \[1.0\]; expected 7 numbers above 0"),
         ({"check_audio": "maybe"}, "--check_audio is 'maybe'"),
         ({"shard_index": 1}, "--shard_index is 1; expected 0 to 0"),
+        ({"max_new_tokens": 0}, "--max_new_tokens is 0; expected 1 or more"),
         ({"backend": "magic"}, "--backend is 'magic'; expected 'transformers', 'vllm' or 'openai'"),
         ({"backend": "openai"}, "needs --base_url"),
         ({"backend": "vllm"}, "vLLM cannot load the LSM"),
@@ -419,6 +426,7 @@ def test_arguments_that_make_no_sense(arguments, message, tiny_checkpoint, libri
     args = augment.AugmentArguments(model_name_or_path=str(tiny_checkpoint), **where, **arguments)
     with pytest.raises(ValueError, match=message):
         augment.main(args)
+    assert not (tmp_path / "journal").exists()  # the folder is free for the right command
 
 
 MILLION = """

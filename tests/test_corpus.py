@@ -78,6 +78,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path):
         b'{"audio": "a.flac", "text": 7}\n'
         b'{"audio": 7, "text": "x"}\n'
         b"[1]\n"
+        b'"duplicate"\n'
     )
     problems = {row.source.split(":")[1]: row.problem for row in Corpus(str(path))}
     assert problems.pop("1") is None
@@ -90,6 +91,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path):
         "7": "text is not a string: 7",
         "8": "audio is not a path: 7",
         "9": "not an object",
+        "10": "not an object: 'duplicate'",
     }
     assert problems.keys() == starts.keys()
     for line, start in starts.items():
@@ -97,7 +99,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path):
 
 
 def test_csv_with_bytes_that_are_not_utf8(tmp_path):
-    (tmp_path / "rows.csv").write_bytes(b"audio,text\na.flac,fine\nb.flac,caf\xe9\nc.flac,fine too\n")
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbfaudio,text\na.flac,fine\nb.flac,caf\xe9\nc.flac,fine too\n")
     rows = list(Corpus(str(tmp_path / "rows.csv")))
     assert [row.problem for row in rows] == [None, "invalid UTF-8", None]
     assert rows[1].source == "rows.csv:3"
@@ -123,6 +125,15 @@ def test_corpora_that_cannot_be_opened(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no metadata\.jsonl"):
         Corpus(str(tmp_path / "empty"))
+
+
+def test_a_path_in_a_dict_is_a_path(tmp_path):
+    rows = [{"audio": {"path": "a.flac", "bytes": None}, "text": "one"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (row,) = Corpus(str(tmp_path / "rows.parquet"))
+    assert row.audio == {"path": str(tmp_path / "a.flac"), "bytes": None}
+    assert row.written_audio["path"] == "a.flac"
+    assert "missing audio file" in audio_problem(row.audio, "exists")
 
 
 def test_audio_checks(tmp_path, librivox):

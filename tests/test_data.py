@@ -58,6 +58,15 @@ def test_a_chat_without_an_answer_is_refused(processor):
         SpeechTextCollator(processor)([{"messages": [*messages, {"role": "user", "content": "?"}]}])
 
 
+def test_answers_may_end_with_another_token_than_the_tokenizers(processor):
+    """As Gemma's do: the turn ends with a token of its own, which the generation config lists."""
+    processor.tokenizer.eos_token = tiny.EOS
+    end_tokens = processor.tokenizer.convert_tokens_to_ids([tiny.EOS, tiny.END])
+    batch = SpeechTextCollator(processor, end_tokens=end_tokens)([row()])
+    learnt = batch["labels"][0][batch["labels"][0] != IGNORED_LABEL]
+    assert processor.tokenizer.decode(learnt) == "a cat sat" + tiny.END
+
+
 def test_a_template_that_never_ends_an_answer_is_refused(processor):
     processor.chat_template = processor.chat_template.replace("<|im_end|>", "")
     with pytest.raises(ValueError, match="would never stop"):

@@ -299,6 +299,10 @@ class TestSaving:
                 calls.append(("create", repo_id, private, exist_ok))
                 return SimpleNamespace(repo_id=f"someone/{repo_id}")
 
+            def create_branch(self, repo_id, branch, exist_ok):
+                assert exist_ok
+                calls.append(("branch", repo_id, branch))
+
             def upload_folder(self, repo_id, folder_path, commit_message, revision):
                 calls.append(("upload", repo_id, commit_message, revision))
                 files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
@@ -312,6 +316,7 @@ class TestSaving:
         assert steps == [
             ("token", "t"),
             ("create", "tiny-lsm", True, True),
+            ("branch", "someone/tiny-lsm", "v1"),
             ("upload", "someone/tiny-lsm", "Publish", "v1"),
         ]
         assert set(files) == FILES

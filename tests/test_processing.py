@@ -570,3 +570,13 @@ def test_padding_is_on_the_left_whatever_side_the_tokenizer_has(processor):
     assert torch.equal(turned["input_ids"], expected["input_ids"])
     right = tiny.ask(processor, *chats, processor_kwargs={"padding_side": "right"})
     assert right["attention_mask"][0, 0] == 1
+
+
+def test_prompts_depend_neither_on_the_day_nor_on_a_chain_of_thought():
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}|{% for message in messages %}{{ message['content'] }}{% endfor %}|"
+        "{% if enable_thinking is defined and enable_thinking is false %}no thoughts{% endif %}"
+    )
+    processor = tiny.make_processor(tokenizer)
+    assert processor.apply_chat_template([{"role": "user", "content": "hi"}]) == "01 Jan 2025|hi|no thoughts"

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..processing_lsm import make_chat
@@ -248,17 +248,22 @@ def retry_after(headers: Mapping[str, str]) -> float:
 __all__ = ["OpenAIBackend", "TransformersBackend", "VllmBackend"]
 
 
-def make_backend(text_model: TextModel, args: Any, device: torch.device) -> Any:
+def make_backend(text_model: TextModel, args: Any, state: PartialState) -> Any:
     """
-    The backend that the arguments of `augment.py` ask for.
+    The backend that the arguments of `augment.py` ask for, on the device of this process.
 
     Raises:
         ValueError: If there is no such backend, or an argument that it needs is missing.
     """
     if args.backend == "transformers":
-        model = text_model.load(args.dtype, device)
+        model = text_model.load(args.dtype, state.device)
         return TransformersBackend(model, text_model.prompter, args.max_new_tokens, args.batch_tokens)
     if args.backend == "vllm":
+        if state.num_processes > 1:
+            raise ValueError(
+                f"vLLM takes its GPU for itself, and all {state.num_processes} processes would take the first. Start "
+                "one job for each GPU: CUDA_VISIBLE_DEVICES=0 python augment.py … --num_shards 4 --shard_index 0."
+            )
         if text_model.is_lsm:
             raise ValueError(
                 f"vLLM cannot load the LSM {text_model.name}. Give --model_name_or_path the LLM that it was composed "

@@ -8,6 +8,7 @@ on each other, several processes may share a job.
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ EMBEDDED_AUDIO = pa.struct({"path": pa.string(), "bytes": pa.binary()})
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)

@@ -34,12 +34,18 @@ class SourceRow:
         audio (`str` or `dict`, *optional*): A path, or a `{"path", "bytes"}` dict where the corpus embeds its audio.
         text (`str`): Its transcript.
         problem (`str`, *optional*): Why it cannot be used.
+        written_audio (`str` or `dict`, *optional*): Its audio as the corpus writes it: the same on every machine.
     """
 
     source: str
     audio: str | dict[str, Any] | None = None
     text: str = ""
     problem: str | None = None
+    written_audio: str | dict[str, Any] | None = None
+
+
+class Unparsable(str):
+    """Why a row could not be read, in the place of the row."""
 
 
 class Corpus:
@@ -51,6 +57,7 @@ class Corpus:
             A JSONL, JSON, CSV, Parquet or webdataset tar file, a folder with `metadata.jsonl`, `metadata.csv`, Parquet
             or tar files, or the id of a dataset on the Hub. JSON is read whole, everything else as a stream.
         audio_column, text_column (`str`): Names of the columns. In a tar, the file name endings: `flac`, `txt`.
+        config_name (`str`, *optional*): Configuration of a dataset on the Hub.
         split (`str`): Split of a dataset on the Hub.
         max_rows (`int`, *optional*): Use only the first rows.
 
@@ -64,13 +71,14 @@ class Corpus:
         name: str,
         audio_column: str = "audio",
         text_column: str = "text",
+        config_name: str | None = None,
         split: str = "train",
         max_rows: int | None = None,
     ):
-        self.name, self.split, self.max_rows = name, split, max_rows
+        self.name, self.config_name, self.split, self.max_rows = name, config_name, split, max_rows
         self.audio_column, self.text_column = audio_column, text_column
         self.files = find_files(name)
-        first = [record for _, record in islice(self._records(), PEEKED_ROWS) if not isinstance(record, str)]
+        first = [record for _, record in islice(self._records(), PEEKED_ROWS) if not isinstance(record, Unparsable)]
         self._check_columns(first)
         self.embeds_audio = any(isinstance(record.get(audio_column), dict) for record in first)
 
@@ -89,14 +97,15 @@ class Corpus:
 
     def __iter__(self) -> Iterator[SourceRow]:
         for source, record in islice(self._records(), self.max_rows):
-            if isinstance(record, str):  # what is wrong with a row that could not even be parsed
+            if isinstance(record, Unparsable):
                 yield SourceRow(source, problem=record)
             else:
                 yield self._to_row(source, record)
 
-    def _records(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    def _records(self) -> Iterator[tuple[str, dict[str, Any] | Unparsable]]:
         if not self.files:
-            yield from read_dataset(load_dataset(self.name, split=self.split, streaming=True), self.name)
+            rows = load_dataset(self.name, self.config_name, split=self.split, streaming=True)
+            yield from read_dataset(rows, self.name)
         for file in self.files:
             yield from READERS[file.suffix](file, [self.audio_column, self.text_column])
 
@@ -110,8 +119,11 @@ class Corpus:
 
     def _to_row(self, source: str, record: dict[str, Any]) -> SourceRow:
         audio, text = record.get(self.audio_column), record.get(self.text_column)
-        if isinstance(audio, str) and self.files and "://" not in audio:
-            audio = str((self.files[0].parent / audio).resolve())
+        written = audio
+        if isinstance(audio, str):
+            audio = self._resolve(audio)
+        elif isinstance(audio, dict) and not audio.get("bytes") and audio.get("path"):
+            audio = {"path": self._resolve(audio["path"]), "bytes": None}
         row = SourceRow(source, None, text if isinstance(text, str) else "")
         for column, value in ((self.audio_column, audio), (self.text_column, text)):
             if value is None or value == {"path": None, "bytes": None}:
@@ -122,12 +134,15 @@ class Corpus:
         if not isinstance(audio, dict if self.embeds_audio else str):
             row.problem = f"{self.audio_column} is not a path: {audio!r:.80}"
             return row
-        row.audio = audio
+        row.audio, row.written_audio = audio, written
         if not isinstance(text, str):
             row.problem = f"{self.text_column} is not a string: {text!r:.80}"
         elif not text.strip():
             row.problem = "empty transcript"
         return row
+
+    def _resolve(self, path: str) -> str:
+        return str((self.files[0].parent / path).resolve()) if self.files and "://" not in path else path
 
 
 def find_files(name: str) -> list[Path]:
@@ -147,7 +162,7 @@ def find_files(name: str) -> list[Path]:
     return []
 
 
-def read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | Unparsable]]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -155,15 +170,15 @@ def read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, 
             try:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                record = f"invalid UTF-8: {error.reason} at byte {error.start}"
+                record = Unparsable(f"invalid UTF-8: {error.reason} at byte {error.start}")
             except json.JSONDecodeError as error:
-                record = f"broken JSON: {error}"
-            if not isinstance(record, (dict, str)):
-                record = f"not an object: {record!r:.80}"
+                record = Unparsable(f"broken JSON: {error}")
+            if not isinstance(record, (dict, Unparsable)):
+                record = Unparsable(f"not an object: {record!r:.80}")
             yield f"{file.name}:{number}", record
 
 
-def read_json(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def read_json(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | Unparsable]]:
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # a file of one array cannot be taken up again after an error
@@ -171,20 +186,24 @@ def read_json(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, A
     if not isinstance(records, list):
         raise ValueError(f"{file} holds a {type(records).__name__}; expected a list of rows.")
     for number, record in enumerate(records):
-        yield f"{file.name}[{number}]", record if isinstance(record, dict) else f"not an object: {record!r:.80}"
+        yield (
+            f"{file.name}[{number}]",
+            (record if isinstance(record, dict) else Unparsable(f"not an object: {record!r:.80}")),
+        )
 
 
-def read_csv(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def read_csv(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | Unparsable]]:
     # Bytes that are not UTF-8 come as lone surrogates, so that the row they stand in can be told from the others.
-    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
+    csv.field_size_limit(2**31 - 1)  # a field that is too long is one row's problem
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.DictReader(lines)
         for record in reader:
             text = "".join(value for value in record.values() if isinstance(value, str))
             broken = any("\udc80" <= character <= "\udcff" for character in text)
-            yield f"{file.name}:{reader.line_num}", "invalid UTF-8" if broken else record
+            yield f"{file.name}:{reader.line_num}", Unparsable("invalid UTF-8") if broken else record
 
 
-def read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | Unparsable]]:
     table = pq.ParquetFile(file)
     # All columns if one is missing, so that the error can name what there is.
     wanted = columns if set(columns) <= set(table.schema_arrow.names) else None
@@ -195,16 +214,17 @@ def read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
             number += 1
 
 
-def read_tar(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def read_tar(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any] | Unparsable]]:
     """
     Rows of a webdataset: files of one name, put one after another, are a row, and their endings its columns. Text
     files hold strings, the fields of a JSON file are columns too, everything else is audio.
     """
     # Not with `datasets`, which needs torchcodec to open one that holds audio.
-    with tarfile.open(file) as tar:
+    with tarfile.open(file, "r|*") as tar:
         members = (member for member in tar if member.isfile())
         for key, group in groupby(members, lambda member: re.match(r"(.*/)?[^.]*", member.name)[0]):
-            record: dict[str, Any] | str = {}
+            tar.members = []  # it would remember them all
+            record: dict[str, Any] | Unparsable = {}
             for member in group:
                 ending, content = member.name[len(key) + 1 :], tar.extractfile(member).read()
                 try:
@@ -215,7 +235,7 @@ def read_tar(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, An
                     else:
                         record[ending] = {"path": member.name, "bytes": content}
                 except (ValueError, TypeError) as error:
-                    record = f"broken {member.name}: {error}"
+                    record = Unparsable(f"broken {member.name}: {error}")
                     break
             yield f"{file.name}[{key}]", record
 
@@ -240,6 +260,8 @@ def audio_problem(audio: Any, check: str) -> str | None:
         except (ValueError, OSError) as error:
             return str(error)
         return None
+    if isinstance(audio, dict) and not audio.get("bytes"):
+        audio = audio["path"]
     if check == "exists" and isinstance(audio, str) and "://" not in audio and not Path(audio).is_file():
         return f"missing audio file: {audio}"
     return None

@@ -16,8 +16,14 @@ REFUSAL = re.compile(
     r"|please provide (?:me with )?(?:the|a|more|some) (?:text|passage|sentence|context|audio|information))",
     re.IGNORECASE,
 )
-# The writing systems that `unicodedata` names the letters of these languages after; all other languages: Latin.
+# The writing systems that `unicodedata` names the letters of these languages after. Of others nothing is said.
+LATIN = (
+    "afrikaans albanian basque catalan croatian czech danish dutch english estonian filipino finnish french german "
+    "hungarian icelandic indonesian irish italian latin latvian lithuanian malay norwegian polish portuguese romanian "
+    "slovak slovenian spanish swahili swedish turkish vietnamese welsh"
+)
 SCRIPTS = {
+    **dict.fromkeys(LATIN.split(), "LATIN"),
     "arabic": "ARABIC",
     "armenian": "ARMENIAN",
     "belarusian": "CYRILLIC",
@@ -36,6 +42,7 @@ SCRIPTS = {
     "mandarin": "CJK",
     "marathi": "DEVANAGARI",
     "nepali": "DEVANAGARI",
+    "farsi": "ARABIC",
     "persian": "ARABIC",
     "russian": "CYRILLIC",
     "serbian": "CYRILLIC LATIN",
@@ -70,8 +77,14 @@ def has_loop(text: str) -> bool:
 
 
 def in_script_of(text: str, language: str) -> bool:
-    """Whether most letters of `text` are of the writing system of `language`, an English name like `"Japanese"`."""
-    scripts = tuple(SCRIPTS.get(language.split("(")[0].strip().lower(), "LATIN").split())
+    """
+    Whether most letters of `text` are of the writing system of `language`, an English name like `"Japanese"` or
+    `"Simplified Chinese"`. True for a language whose writing system is not known here.
+    """
+    known = [SCRIPTS[word] for word in re.findall(r"[a-z]+", language.lower()) if word in SCRIPTS]
+    if not known:
+        return True
+    scripts = tuple(known[0].split())
     letters = [character for character in text if character.isalpha()]
     return 2 * sum(unicodedata.name(letter, "").startswith(scripts) for letter in letters) >= len(letters)
 

@@ -50,23 +50,25 @@ def run_job(
     Returns:
         `bool`: Whether all blocks, of all shards, are done.
     """
-    num_rows = corpus.count_rows()
-    if num_rows is not None:
-        starts = range(shard_index * settings.block_rows, num_rows, num_shards * settings.block_rows)
-        num_rows = sum(min(settings.block_rows, num_rows - start) for start in starts)
+    total = corpus.count_rows()
+    if total is not None:
+        starts = range(shard_index * settings.block_rows, total, num_shards * settings.block_rows)
+        total = sum(min(settings.block_rows, total - start) for start in starts) * settings.num_targets_per_row
     blocks = 0
-    with tqdm(total=num_rows, desc="rows", unit="row", smoothing=0.05, disable=shard_index > 0) as progress:
+    with tqdm(total=total, desc="targets", unit="row", smoothing=0.05, disable=shard_index > 0) as progress:
         meter = Meter(progress)
         for block, rows in enumerate(split_into_blocks(corpus, settings.block_rows)):
             blocks += 1
             if block % num_shards != shard_index:
                 continue
+            size = len(rows) * settings.num_targets_per_row
             if store.is_done(block):
-                progress.update(len(rows))
-                progress.initial += len(rows)  # rows of an earlier run do not count as speed
+                progress.update(size)
+                progress.initial += size  # rows of an earlier run do not count as speed
                 continue
+            before = progress.n
             make_block(block, rows, store, backend, settings, meter)
-            progress.update(len(rows))
+            progress.update(before + size - progress.n)  # those that needed no answer
     return all(store.is_done(block) for block in range(blocks))
 
 
@@ -80,6 +82,7 @@ class Meter:
     def on_answer(self, answer: Answer) -> None:
         self.tokens += answer.num_tokens
         self.show()
+        self.progress.update()
 
     def on_block(self, accepted: int, judged: int) -> None:
         self.accepted += accepted
@@ -105,7 +108,7 @@ def split_into_blocks(corpus: Corpus, size: int) -> Iterator[list[tuple[str, Sou
             if row.problem is not None:
                 row_id = hashlib.sha256(row.source.encode()).hexdigest()[:16]
             else:
-                row_id = row_identity(row.audio, row.text)
+                row_id = row_identity(row.written_audio, row.text)
                 if not seen.is_new(row_id):
                     row.problem = "duplicate"
                     row_id = hashlib.sha256(f"{row_id} {row.source}".encode()).hexdigest()[:16]

@@ -75,8 +75,8 @@ def load_task(name: str, entries: dict[str, dict], target_language: str) -> Task
             raise ValueError(f"The task {name!r} has the wording {wording!r}, which lacks {PLACEHOLDER}.")
         if unknown := set(re.findall(r"\{\w*\}", wording)) - {PLACEHOLDER}:
             raise ValueError(
-                f"The task {name!r} has the wording {wording!r} with {sorted(unknown)}; the only placeholder there is "
-                f"is {PLACEHOLDER}."
+                f"The task {name!r} has the wording {wording!r} with {sorted(unknown)}; the only placeholder is "
+                f"{PLACEHOLDER}."
             )
     return Task(name, tuple(wording.replace(PLACEHOLDER, target_language) for wording in wordings), **entry)
 
@@ -90,7 +90,7 @@ def row_identity(audio: str | dict, text: str) -> str:
         text (`str`): The transcript.
     """
     if isinstance(audio, dict):
-        audio = audio["path"] or hashlib.sha256(audio["bytes"]).hexdigest()
+        audio = audio.get("path") or hashlib.sha256(audio["bytes"]).hexdigest()
     return hashlib.sha256(f"{audio}\0{text}".encode(errors="surrogatepass")).hexdigest()[:16]
 
 

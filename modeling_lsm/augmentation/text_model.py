@@ -41,11 +41,14 @@ class TextModel:
 
     def provenance(self) -> dict[str, Any]:
         """What identifies the LLM and its prompt."""
+        fingerprint = fingerprint_llm(self.name)
+        known = {"id": self.name.rstrip("/").split("/")[-1], "revision": getattr(self.config, "_commit_hash", None)}
         base = (self.config.base_models or {}).get("text", {}) if self.is_lsm else {}
+        if base.get("fingerprint") == fingerprint:  # training has not changed it
+            known = {"id": base["id"], "revision": base["revision"]}
         return {
-            "id": base.get("id") or self.name.rstrip("/").split("/")[-1],
-            "revision": base.get("revision") if self.is_lsm else getattr(self.config, "_commit_hash", None),
-            "fingerprint": fingerprint_llm(self.name),
+            **known,
+            "fingerprint": fingerprint,
             "template_hash": hash_text(self.prompter.chat_template),
         }
 
