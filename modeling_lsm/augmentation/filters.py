@@ -8,11 +8,12 @@ from .tasks import Task
 
 TERMINAL_PUNCTUATION = tuple(".!?…。！？।؟۔”\"'»」』)]*`")
 REFUSAL = re.compile(
-    r"\b(as an? (ai|artificial intelligence|language model|digital assistant)"
-    r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model|virtual assistant)"
-    r"|i(?:'m| am) sorry,? but|i apologi[sz]e,? but"
-    r"|i (?:can(?:no|')t|am unable to|'m unable to|do not have the ability to|don't have the ability to)"
-    r" (?:assist|help|fulfil|comply|hear|listen|access|process|provide|translate|transcribe)"
+    r"\b(as an? (ai|artificial intelligence|language model|(?:digital|virtual|text-based)? ?(?:chatbot|assistant))"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model|chatbot|(?:digital |virtual )?assistant)"
+    r"|i(?:'m| am) (?:so |very )?sorry(?:,? but| for (?:any|the) (?:confusion|inconvenience|misunderstanding))"
+    r"|i apologi[sz]e(?:,? but| for (?:any|the))|i(?:'m| am) (?:here to|not equipped|designed|programmed|ready to)"
+    r"|i (?:can(?:no|')t|am unable to|'m unable to|(?:do not|don't) have the (?:ability|capability) to)"
+    r" (?:assist|help|fulfil|comply|hear|listen|access|process|provide|translate|transcribe|carry)"
     r"|please provide (?:me with )?(?:the|a|more|some) (?:text|passage|sentence|context|audio|information))",
     re.IGNORECASE,
 )
