@@ -14,7 +14,7 @@ DEMO_ARGUMENTS = $(if $(SPEECH_MODEL),--speech-model "$(SPEECH_MODEL)") \
 	$(if $(OUTPUT_DIR),--output-dir "$(OUTPUT_DIR)")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow quality style demo clean
+.PHONY: help venv test test-slow quality style demo bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ style: venv  ## Mend what of lint and formatting can be mended
 
 demo: venv  ## Make data, train, and compare a small LSM (SPEECH_MODEL=, TEXT_MODEL=, OUTPUT_DIR= to choose)
 	$(BIN)/python -m demo.run $(DEMO_ARGUMENTS)
+
+bench: venv  ## Measure how fast targets are written, beside the obvious way
+	$(BIN)/python -m benchmarks.bench_augment
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
