@@ -194,8 +194,8 @@ A recording that the model never heard
   said    {new["said"]}
   answer  {new["answer"]}
 
-A few minutes on a few clips make a model learn those clips by heart, not to understand speech: on held-out clips
-its word error rate is {summary["wer_held_out"]:.2f}. For that, give it hours of speech, as README.md says.""")
+A few minutes on a few clips teach a model their sentences, and only sometimes which of them it hears: on held-out
+clips its word error rate is {summary["wer_held_out"]:.2f}. For that, give it hours of speech, as README.md says.""")
 
 
 if __name__ == "__main__":
