@@ -45,7 +45,7 @@ style: venv  ## Mend what of lint and formatting can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: venv  ## Make data, train, and compare a small LSM (SPEECH_MODEL=, TEXT_MODEL=, OUTPUT_DIR= to choose)
+demo: venv  ## Compose, augment, train, evaluate and ask a small LSM (SPEECH_MODEL=, TEXT_MODEL=, OUTPUT_DIR= to choose)
 	$(BIN)/python -m demo.run $(DEMO_ARGUMENTS)
 
 bench: venv  ## Measure how fast targets are written, beside the obvious way

@@ -39,13 +39,12 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], vocab_size: int) ->
     return digest.hexdigest()
 
 
-def fingerprint_llm(model_name_or_path: str, revision: str | None = None) -> str:
+def fingerprint_llm(model_name_or_path: str) -> str:
     """
     The [`fingerprint`] of a saved LLM, the same for the LLM itself and for an LSM composed from it.
 
     Args:
         model_name_or_path (`str`): A causal LM or an LSM checkpoint: a folder or a Hub id.
-        revision (`str`, *optional*): Revision on the Hub.
 
     Raises:
         ValueError: If there are no safetensors files.
@@ -53,7 +52,7 @@ def fingerprint_llm(model_name_or_path: str, revision: str | None = None) -> str
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         patterns = ["*.safetensors", "config.json"]
-        folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model_name_or_path, allow_patterns=patterns))
     where: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
