@@ -154,7 +154,8 @@ def write_rows(folder: Path) -> Path:
     for index, target in enumerate(TARGETS):
         path = folder / f"{index}.wav"
         soundfile.write(path, np.asarray(tiny.noise(0.5 + 0.1 * index, index)), tiny.SAMPLING_RATE)
-        rows.append({"audio": str(path), "task": "transcription", "instruction": "Write.", "target": target})
+        rows.append({"audio": str(path), "text": target, "task": "transcription"})
+        rows[-1] |= {"instruction": "Write.", "target": target}
     pq.write_table(pa.Table.from_pylist(rows), folder / "accepted" / "000000.parquet")
     return folder
 

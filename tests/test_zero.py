@@ -115,6 +115,24 @@ def test_zero3_with_rows_of_text_alone(tiny_checkpoint, data, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_warm_up_under_zero(stage, tiny_bases, data, tmp_path):
+    composed = tmp_path / "composed"
+    compose = [sys.executable, "-m", "modeling_lsm.composing", "--output_dir", str(composed)]
+    compose += ["--speech_model", str(tiny_bases.speech), "--text_model", str(tiny_bases.text)]
+    compose += ["--projector_type", "mlp", "--projector_hidden_size", "32", "--window_size", "2"]
+    subprocess.run(compose, check=True, capture_output=True, cwd=ROOT)
+    arguments = ("--align_steps", "6", "--num_train_epochs", "0", "--max_steps", "-1")
+    train(composed, data, tmp_path / "one", *arguments, "--align_batch_size", "4", processes=1)
+    train(composed, data, tmp_path / "two", *arguments, "--align_batch_size", "2", stage=stage)
+    expected, weights = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    start = load_file(composed / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert_close(tensor, expected[name], name)
+        assert torch.equal(tensor, start[name]) != ("projector" in name and not name.endswith("bias")), name
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_zero_with_lora_saves_slim_checkpoints(stage, tiny_bases, data, tmp_path):
     composed, folder = tmp_path / "composed", tmp_path / "trained"
     compose = [sys.executable, "-m", "modeling_lsm.composing", "--output_dir", str(composed)]

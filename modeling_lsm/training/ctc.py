@@ -139,9 +139,9 @@ def whole(parameters: Iterable[nn.Parameter], write_from: int | None = None) -> 
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # deepspeed.zero is no module of its own, so it cannot be imported from
 
-    with GatheredParameters(parameters, modifier_rank=write_from):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=write_from):
         yield
 
 

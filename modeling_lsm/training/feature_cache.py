@@ -5,12 +5,11 @@ A cache is a folder per encoder, with safetensors shards that are written whole 
 building, what stands in a shard is done; the rest is found missing and built by the next start.
 """
 
-import contextlib
 import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +21,21 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..augmentation.blocks import write_atomically
+from ..files import write_atomically
 from ..fingerprints import fingerprint, hash_text
-from ..modeling_lsm import LsmForConditionalGeneration, LsmSpeechEncoder
+from ..modeling_lsm import LsmForConditionalGeneration
 from ..processing_lsm import LsmProcessor, load_waveform
+from .ctc import whole
 
 
 ARCHITECTURE = ("d_model", "encoder_layers", "encoder_attention_heads", "activation_function", "max_source_positions")
 FEATURES = ("feature_size", "sampling_rate", "n_fft", "hop_length", "padding_value", "dither")
 
 
-@contextlib.contextmanager
-def whole_weights(encoder: LsmSpeechEncoder) -> Iterator[None]:
-    """Inside of this, every process has the whole weights of `encoder`, also where ZeRO-3 has parted them."""
-    parameters = list(encoder.parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
-    else:
-        yield
-
-
 def describe_encoder(model: LsmForConditionalGeneration, processor: LsmProcessor) -> dict[str, Any]:
     """Everything that the encoder's output for a clip depends on."""
     encoder = model.model.audio_tower
-    with whole_weights(encoder):
+    with whole(encoder.parameters()):
         weights = fingerprint(sorted(encoder.named_parameters()), vocab_size=-1)
     return {
         "weights": weights,
@@ -164,7 +151,7 @@ class FeatureCache:
         encoder.eval()
         progress = tqdm(total=len(rows), desc="Encoding", unit="clip", disable=process_index != 0)
         try:
-            with whole_weights(encoder):
+            with whole(encoder.parameters()):
                 for batch in loader:
                     features = encode(model, batch, batch_seconds)
                     shard |= features
