@@ -14,7 +14,7 @@ DEMO_ARGUMENTS = $(if $(SPEECH_MODEL),--speech-model "$(SPEECH_MODEL)") \
 	$(if $(OUTPUT_DIR),--output-dir "$(OUTPUT_DIR)")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow quality style demo bench clean
+.PHONY: help venv test test-slow quality style demo bench experiment clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,10 @@ bench: venv  ## Measure how fast augmenting, aligning, training and evaluating a
 	$(BIN)/python -m benchmarks.bench_align
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_eval
+
+experiment: venv  ## Vanilla against self-powered training, from text to results (SCALE=smoke, small or full)
+	$(BIN)/python -m pip install -q -r experiments/tiny/requirements.txt
+	$(MAKE) -f experiments/tiny/Makefile PYTHON=$(BIN)/python $(if $(SCALE),SCALE=$(SCALE)) $(if $(OUTPUT_DIR),RUN=$(OUTPUT_DIR))
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

@@ -95,7 +95,8 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         rows = mix_rows(sets, script_args.dataset_weights or None, training_args.seed)
         held_out = None
         if script_args.held_out is not None:
-            held_out = read(script_args.held_out, script_args.held_out_split, is_vanilla, streaming=False)
+            only_asr = is_vanilla or not script_args.dataset
+            held_out = read(script_args.held_out, script_args.held_out_split, only_asr, streaming=False)
     feature_cache = None
     if script_args.feature_cache is not None:
         if not is_deepspeed_zero3_enabled():

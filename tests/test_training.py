@@ -147,15 +147,16 @@ def test_overfits_real_speech_with_a_tiny_model(processor, librivox, tmp_path):
     assert losses[-1] < 0.05 * losses[0]
 
 
-def write_rows(folder: Path) -> Path:
-    """Augmented rows with audio files, as `augment.py` leaves them."""
+def write_rows(folder: Path, with_text: bool = False) -> Path:
+    """Augmented rows with audio files, as `augment.py` leaves them, with the transcripts or without."""
     (folder / "accepted").mkdir(parents=True)
     rows = []
     for index, target in enumerate(TARGETS):
         path = folder / f"{index}.wav"
         soundfile.write(path, np.asarray(tiny.noise(0.5 + 0.1 * index, index)), tiny.SAMPLING_RATE)
-        rows.append({"audio": str(path), "text": target, "task": "transcription"})
-        rows[-1] |= {"instruction": "Write.", "target": target}
+        rows.append({"audio": str(path), "task": "transcription", "instruction": "Write.", "target": target})
+        if with_text:
+            rows[-1]["text"] = target
     pq.write_table(pa.Table.from_pylist(rows), folder / "accepted" / "000000.parquet")
     return folder
 

@@ -58,7 +58,7 @@ def forget_second_half(output_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("zero") / "data")
+    return write_rows(tmp_path_factory.mktemp("zero") / "data", with_text=True)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ VOICES = {
             0.25 / 18,
         ),
     },
+    "warm_up": {"joe": 0.5, "pico-us": 0.5},
     "validation": dict.fromkeys(
         ["kokoro-af_sarah", "kokoro-am_fenrir", "kokoro-bf_isabella", "kokoro-bm_fable"], 0.25
     ),

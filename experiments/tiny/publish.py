@@ -1,0 +1,148 @@
+"""Gather what an experiment found: `python -m experiments.tiny.publish --run outputs/experiment/small --output-dir …`.
+
+Writes `results.json` with every figure and interval, `README.md` with the tables, the plots, and `checkpoint/`, the
+self-powered model: what trained, without the two base models.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+
+ARMS = {"lsm": "self-powered", "vanilla": "vanilla"}
+FOLDERS = {"lsm": "self_powered", "vanilla": "vanilla"}
+SYSTEMS = {**ARMS, "cascade": "cascade", "text": "text (the ceiling)"}
+SETS = {"synthetic": "held-out synthetic voices", "real": "LibriVox"}
+BIAS = {
+    "collapse": "collapse rate ↓",
+    "fit": "answers that fit their own instruction ↑",
+    "written": "written instruction obeyed, against a spoken request ↑",
+    "spoken": "spoken request obeyed instead or as well ↓",
+    "repeated": "request repeated when that was the instruction ↑",
+    "distance": "distance between answers to different instructions ↑",
+}
+PLOTS = ("bias_collapse.png", "bias_attention.png", "bias_divergence.png")
+CODE = (".py", ".jinja")  # of a checkpoint; the package has the same code
+Figure = dict[str, Any]
+
+
+def gather(run: Path) -> dict[str, Any]:
+    """Every figure of a run.
+
+    Args:
+        run: The folder of the experiment.
+
+    Returns:
+        `figures[set][task][metric][system]` and `bias[name][system]`, each with `value`, `low` and `high`; `warm_up`
+        and `training`, what they took and came to; `data`, the number of clips and targets; `versions`.
+    """
+    evaluated = {name: read_json(run / name / "results.json") for name in SETS}
+    bias = read_json(run / "synthetic" / "bias.json")
+    arms = {}
+    for folder in FOLDERS.values():
+        state = read_json(run / folder / "trainer_state.json")
+        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        arms[folder] = {"steps": state["global_step"], "loss_first": losses[0], "loss_last": losses[-1]}
+    return {
+        "figures": {name: results["figures"] for name, results in evaluated.items()},
+        "counts": {name: results["counts"] for name, results in evaluated.items()},
+        "bias": bias["figures"],
+        "gaps": bias["gaps"],
+        "instructions": bias["instructions"],
+        "forgetting": bias["forgetting"],
+        "warm_up": read_lines(run / "warm" / "alignment" / "log.jsonl")[-1],
+        "training": arms,
+        "data": {
+            **{part: len(read_lines(run / "speech" / part / "metadata.jsonl")) for part in ("train", "test")},
+            "targets": read_json(run / "augmented" / "provenance.json")["counts"],
+        },
+        "versions": evaluated["synthetic"]["versions"],
+    }
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def show(figure: Figure | None) -> str:
+    """A figure and its interval."""
+    if figure is None or figure["value"] is None:
+        return "–"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The figures downwards, the systems across."""
+    lines = [f"| | {' | '.join(SYSTEMS.values())} |", f"|---|{'---|' * len(SYSTEMS)}"]
+
+    def add(title: str, by_system: dict[str, Figure]) -> None:
+        lines.append(f"| {title} | {' | '.join(show(by_system.get(system)) for system in SYSTEMS)} |")
+
+    for name, title in SETS.items():
+        add(f"WER, {title} ↓", results["figures"][name]["transcription"]["wer"])
+    add("instructions followed ↑", results["figures"]["synthetic"]["following"]["followed"])
+    for name, title in BIAS.items():
+        if name in results["bias"]:
+            add(title, results["bias"][name])
+    return lines
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """The loss of the warm-up, then that of both ways of training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    warm_up = read_lines(run / "warm" / "alignment" / "log.jsonl")
+    left.plot(*zip(*[(entry["step"], entry["loss"]) for entry in warm_up if "loss" in entry], strict=True))
+    left.set(title="Warm-up: the projector alone", xlabel="step", ylabel="CTC loss per label + pull")
+    wer = left.twinx()
+    wer.plot(*zip(*[(e["step"], e["wer"]) for e in warm_up if "wer" in e], strict=True), "o--", color="tab:orange")
+    wer.set(ylabel="held-out word error rate", ylim=(0, None))
+    for system, folder in FOLDERS.items():
+        history = read_json(run / folder / "trainer_state.json")["log_history"]
+        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        right.plot(*zip(*points, strict=True), label=ARMS[system])
+    right.set(title="Training with the LLM", xlabel="step", ylabel="loss per token of the target")
+    right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """The slim checkpoint without code, and without where the base models were on this machine."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".safetensors") and file.name not in ("run.json", "trainer_state.json"):
+            shutil.copy(file, target / file.name)
+    shutil.copy(source / "chat_template.jinja", target)
+    config = read_json(target / "config.json")
+    for base in config["base_models"].values():
+        base.pop("path", None)
+    config.pop("auto_map", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the experiment")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = gather(args.run)
+    for name in PLOTS:
+        shutil.copy(args.run / "synthetic" / name, args.output_dir)
+    plot_curves(args.run, args.output_dir / "training.png")
+    copy_checkpoint(args.run / "self_powered", args.output_dir / "checkpoint")
+    report = ["# Results", "", *table(results), ""]
+    (args.output_dir / "README.md").write_text("\n".join(report), encoding="utf-8")
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
