@@ -93,22 +93,8 @@ def align(
             to a warm-up with other settings.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tokens = tokenize_transcripts(processor.tokenizer, rows["text"][:])
-    alignable = alignable_rows(processor, rows, tokens)
-    if len(alignable) < len(rows):
-        logger.warning(
-            "The alignment leaves out %d of %d rows: no speech, no words, or more words than vectors.",
-            len(rows) - len(alignable),
-            len(rows),
-        )
-    figures: dict[str, Any] = {"clips": len(alignable), "clips_left_out": len(rows) - len(alignable)}
-    rows, tokens = rows.select(alignable), [tokens[index] for index in alignable]
+    rows, tokens, figures = choose_rows(processor, rows, batch_size, world_size)
     clips_per_step = batch_size * world_size
-    if len(rows) < clips_per_step:
-        raise ValueError(
-            f"A batch of the alignment takes {batch_size} clips on each of {world_size} processes, but there are only "
-            f"{len(rows)} in all. Use a smaller batch."
-        )
     vocabulary = make_vocabulary(processor.tokenizer, tokens)
     label_of = {token: label for label, token in enumerate(vocabulary)}
     figures["vocabulary"] = len(vocabulary)
@@ -164,14 +150,7 @@ def align(
                 losses, started = [], time.perf_counter()
             if held_out_rows is not None and (step % eval_steps == 0 or step == steps):
                 pause = time.perf_counter()
-                collator = AlignmentCollator(processor, held_out_rows, [[]] * len(held_out_rows), feature_cache)
-                recognized = [
-                    processor.tokenizer.decode([vocabulary[label] for label in path]).strip()
-                    for path in recognize(aligner, collator, batch_size, device)
-                ]
-                references = held_out_rows["text"][:]
-                entry["wer"] = word_error_rate(recognized, references)
-                entry["examples"] = [list(pair) for pair in zip(references, recognized, strict=True)][:NUM_EXAMPLES]
+                entry |= evaluate(aligner, processor, vocabulary, held_out_rows, feature_cache, batch_size, device)
                 started += time.perf_counter() - pause
             if entry:
                 entry = {"step": step, **entry}
@@ -187,6 +166,48 @@ def align(
         with whole(projector.parameters(), write_from=0), torch.no_grad():
             projector.load_state_dict(aligner.projector.state_dict())
     return figures
+
+
+def choose_rows(
+    processor: LsmProcessor, rows: Dataset, batch_size: int, world_size: int
+) -> tuple[Dataset, list[list[int]], dict[str, Any]]:
+    """The rows that can be aligned, the tokens of their transcripts, and how many rows there are and are not."""
+    tokens = tokenize_transcripts(processor.tokenizer, rows["text"][:])
+    alignable = alignable_rows(processor, rows, tokens)
+    left_out = len(rows) - len(alignable)
+    if left_out:
+        logger.warning(
+            "The alignment leaves out %d of %d rows: no speech, no words, or more words than vectors.",
+            left_out,
+            len(rows),
+        )
+    if len(alignable) < batch_size * world_size:
+        raise ValueError(
+            f"A batch of the alignment takes {batch_size} clips on each of {world_size} processes, but there are only "
+            f"{len(alignable)} in all. Use a smaller batch."
+        )
+    figures = {"clips": len(alignable), "clips_left_out": left_out}
+    return rows.select(alignable), [tokens[index] for index in alignable], figures
+
+
+def evaluate(
+    aligner: Aligner,
+    processor: LsmProcessor,
+    vocabulary: list[int],
+    rows: Dataset,
+    feature_cache: Any,
+    batch_size: int,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """`wer` of what is recognized in `rows`, and some `examples` of it."""
+    collator = AlignmentCollator(processor, rows, [[]] * len(rows), feature_cache)
+    recognized = [
+        processor.tokenizer.decode([vocabulary[label] for label in path]).strip()
+        for path in recognize(aligner, collator, batch_size, device)
+    ]
+    references = rows["text"][:]
+    examples = [list(pair) for pair in zip(references, recognized, strict=True)][:NUM_EXAMPLES]
+    return {"wer": word_error_rate(recognized, references), "examples": examples}
 
 
 def draw_batches(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:
