@@ -20,6 +20,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which settings differ and how, for a person to read; empty if none does."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r:.200}, now {now.get(key)!r:.200}" for key in keys)
+
+
 def claim_folder(folder: Path, note: str, settings: dict[str, Any]) -> None:
     """
     Notes in an output folder what job it belongs to, or makes sure that it is the one that is noted there.
@@ -38,13 +44,11 @@ def claim_folder(folder: Path, note: str, settings: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(settings, indent=2).encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-    if keys:
-        changes = "; ".join(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in keys)
+    if changes := describe_changes(before, settings):
         raise ValueError(
             f"{folder} holds a job with other settings: {changes}. Go on with the old ones, or choose another "
             "--output_dir."
         )
 
 
-__all__ = ["claim_folder", "write_atomically"]
+__all__ = ["claim_folder", "describe_changes", "write_atomically"]

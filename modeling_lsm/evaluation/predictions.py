@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import describe_changes
+
 
 class Predictions:
     """
@@ -94,9 +96,7 @@ def read_file(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], 
 
 def check_meta(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a `ValueError` that names what differs."""
-    keys = [key for key in {**before, **now} if key != "run" and before.get(key) != now.get(key)]
-    if keys:
-        changes = "; ".join(f"{key} was {before.get(key)!r:.200}, now {now.get(key)!r:.200}" for key in keys)
+    if changes := describe_changes({**before, "run": None}, {**now, "run": None}):
         raise ValueError(
             f"{path} holds answers of another model or other settings: {changes}. Choose another --output_dir, or "
             "remove that folder's predictions/."

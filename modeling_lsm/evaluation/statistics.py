@@ -33,11 +33,17 @@ class Comparison(NamedTuple):
     p_value: float
 
 
+def portions(rows: int, resamples: int) -> list[int]:
+    """Sizes of the parts in which resamples are drawn, so that they fit into memory."""
+    size = max(1, CELLS // max(rows, 1))
+    return [min(size, resamples - start) for start in range(0, resamples, size)]
+
+
 def resample(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each row is drawn in each resample, `(resamples, rows)` in all, some resamples at a time."""
-    generator, size = np.random.default_rng(seed), max(1, CELLS // max(rows, 1))
-    for start in range(0, resamples, size):
-        yield generator.multinomial(rows, np.full(rows, 1 / rows), size=min(size, resamples - start))
+    generator = np.random.default_rng(seed)
+    for size in portions(rows, resamples):
+        yield generator.multinomial(rows, np.full(rows, 1 / rows), size=size)
 
 
 def bounds(figures: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -103,10 +109,10 @@ def compare(
         [score(draws @ first) - score(draws @ second) for draws in resample(len(first), resamples, seed)]
     )
     # Where a system's answer went to the other, their totals exchange the difference of that row.
-    generator, size = np.random.default_rng(seed), max(1, CELLS // len(first))
+    generator = np.random.default_rng(seed)
     swapped = []
-    for start in range(0, resamples, size):
-        moved = generator.integers(0, 2, size=(min(size, resamples - start), len(first))) @ (second - first)
+    for size in portions(len(first), resamples):
+        moved = generator.integers(0, 2, size=(size, len(first))) @ (second - first)
         swapped.append(score(first.sum(0) + moved) - score(second.sum(0) - moved))
     # A hair's breadth for rounding. The observed difference is one of the permutations: p is never 0.
     as_large = np.abs(np.concatenate(swapped)) >= abs(difference) - 1e-12
