@@ -119,9 +119,8 @@ def score_bias(
             continue
         normalizer = meta["normalizer"]
         answers = [row for row in rows.values() if row["task"] == "sensitivity"]
-        heard = [row for row in answers if "problem" not in row]
         results["thresholds"][system] = {
-            f"{limit:.1f}": float(are_collapsed(heard, normalizer, limit).mean()) if heard else None
+            f"{limit:.1f}": clean(bootstrap(count_collapsed(answers, normalizer, limit), share, *options)._asdict())
             for limit in np.arange(11) / 10
         }
         by_instruction: dict[str, list[bool]] = defaultdict(list)
@@ -197,16 +196,23 @@ def distance(first: str, second: str) -> float:
     return float(edit_counts([first], [second], "none")[0, 0]) / longest if longest else 0.0
 
 
+def count_collapsed(rows: list[dict[str, Any]], normalizer: str, threshold: float | None = None) -> np.ndarray:
+    """Answers that are a transcript, and all answers to clips that could be read, `(clips, 2)`."""
+    clips: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    for row, is_collapsed in zip(rows, are_collapsed(rows, normalizer, threshold), strict=True):
+        heard = "problem" not in row
+        clips[row["clip"]] += heard and is_collapsed, heard
+    return np.array(list(clips.values())).reshape(-1, 2)
+
+
 def count_sensitivity(rows: list[dict[str, Any]], normalizer: str) -> dict[str, np.ndarray]:
     """Counts of the figures of the task `sensitivity`, `(clips, 2)` each."""
-    clips: dict[int, dict[str, dict]] = defaultdict(dict)
-    for row, is_collapsed in zip(rows, are_collapsed(rows, normalizer), strict=True):
-        clips[row["clip"]][row["name"]] = {**row, "is_collapsed": is_collapsed}
-    answers = [list(by_name.values()) for by_name in clips.values()]
-    counts: dict[str, list[tuple[float, int]]] = {name: [] for name in ("collapse", "distance", "fit")}
+    clips: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        clips[row["clip"]].append(row)
+    answers = list(clips.values())
+    counts: dict[str, list[tuple[float, int]]] = {"distance": [], "fit": []}
     for of_clip in answers:
-        heard = [row for row in of_clip if "problem" not in row]
-        counts["collapse"].append((sum(row["is_collapsed"] for row in heard), len(heard)))
         pairs = [distance(a["prediction"], b["prediction"]) for a, b in combinations(of_clip, 2)]
         counts["distance"].append((sum(pairs), len(pairs)))
         checked = [holds(row) for row in of_clip if "check" in row]
@@ -215,7 +221,9 @@ def count_sensitivity(rows: list[dict[str, Any]], normalizer: str) -> dict[str, 
         (sum(distance(a["prediction"], b["prediction"]) for a, b in zip(one, next_one, strict=True)), len(one))
         for one, next_one in zip(answers, answers[1:], strict=False)
     ]
-    return {name: np.array(c, float).reshape(-1, 2) for name, c in {**counts, "clip_distance": following}.items()}
+    counts["clip_distance"] = following
+    arrays = {name: np.array(of_clips, float).reshape(-1, 2) for name, of_clips in counts.items()}
+    return {"collapse": count_collapsed(rows, normalizer), **arrays}
 
 
 def count_obedience(

@@ -228,12 +228,13 @@ def plot_thresholds(results: dict[str, Any]) -> bytes:
     figure = make_figure()
     axes = figure.subplots()
     for system, rates in results["thresholds"].items():
-        axes.plot(
-            [float(limit) for limit in rates],
-            [float("nan") if rate is None else rate for rate in rates.values()],
-            marker=".",
-            label=system,
+        limits = [float(limit) for limit in rates]
+        value, low, high = (
+            [float("nan") if rate[key] is None else rate[key] for rate in rates.values()]
+            for key in ("value", "low", "high")
         )
+        axes.plot(limits, value, marker=".", label=system)
+        axes.fill_between(limits, low, high, alpha=0.2)
     axes.axvline(results["settings"]["transcript_threshold"], color="gray", linestyle=":")
     axes.set(xlabel="highest word error rate of a transcript", ylabel="collapse rate", ylim=(-0.02, 1.02))
     axes.legend()

@@ -113,15 +113,15 @@ def count_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_table(by_system: dict[str, dict[str, dict[str, int]]]) -> list[str]:
+def check_table(by_system: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     kinds = sorted({kind for kinds in by_system.values() for kind in kinds})
     lines = [
         "| kind | rows | " + " | ".join(by_system) + " |",
-        "| --- | ---: | " + " | ".join("---:" for _ in by_system) + " |",
+        "| --- | ---: | " + " | ".join("---" for _ in by_system) + " |",
     ]
     for kind in kinds:
         rows = max(kinds[kind]["rows"] for kinds in by_system.values())
-        cells = " | ".join(str(kinds[kind]["followed"]) for kinds in by_system.values())
+        cells = " | ".join(figure_cell(kinds[kind], "followed") for kinds in by_system.values())
         lines.append(f"| {kind} | {rows} | {cells} |")
     return lines
 

@@ -32,6 +32,7 @@ def score_predictions(
     Returns:
         `dict` as JSON can hold it. `figures[task][metric][system]` has `value`, `low` and `high`; `comparisons` has a
         paired test for each two systems; `counts[task][system]` has rows, and empty, looping and unreadable answers;
+        `checks[task][system][kind]` is the share of a kind of instruction that was followed, with numbers of rows;
         `transcripts_that_pass[task]`, how many checks the bare transcript passes, for which nothing need be followed.
         A figure without anything to measure is `None`.
 
@@ -61,7 +62,9 @@ def score_predictions(
                 rows = next(iter(answers.values()), [])
                 results["signatures"].setdefault(name, {})[metric_name] = signature(metric_name, rows, task)
         if task.kind == "following":
-            results["checks"][name] = {system: by_check(rows, task) for system, rows in answers.items()}
+            results["checks"][name] = {
+                system: by_check(rows, task, resamples, seed, confidence) for system, rows in answers.items()
+            }
             said = [{**row, "prediction": row["text"] or ""} for row in next(iter(answers.values()))]
             passed, rows = METRICS["followed"].count(said, task).sum(0)
             results["transcripts_that_pass"][name] = {"rows": int(rows), "followed": int(passed)}
@@ -117,12 +120,19 @@ def count_answers(rows: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def by_check(rows: list[dict[str, Any]], task: Task) -> dict[str, dict[str, int]]:
-    """How many instructions of each kind were followed."""
-    kinds: dict[str, list[float]] = defaultdict(list)
-    for row, (followed, _) in zip(rows, METRICS["followed"].count(rows, task), strict=True):
-        kinds[row["check"]["kind"]].append(followed)
-    return {kind: {"rows": len(hits), "followed": int(np.sum(hits))} for kind, hits in sorted(kinds.items())}
+def by_check(
+    rows: list[dict[str, Any]], task: Task, resamples: int, seed: int, confidence: float
+) -> dict[str, dict[str, Any]]:
+    """How many instructions of each kind were followed, and the share of them with its interval."""
+    metric = METRICS["followed"]
+    kinds: dict[str, list[np.ndarray]] = defaultdict(list)
+    for row, counts in zip(rows, metric.count(rows, task), strict=True):
+        kinds[row["check"]["kind"]].append(counts)
+    return {
+        kind: {"rows": len(counts), "followed": int(np.sum(counts, axis=0)[0])}
+        | clean(bootstrap(np.array(counts), metric.score, resamples, seed, confidence)._asdict())
+        for kind, counts in sorted(kinds.items())
+    }
 
 
 def list_rows(systems: Answers, reason: str) -> list[dict[str, str]]:
