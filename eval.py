@@ -36,7 +36,7 @@ from modeling_lsm.evaluation.predictions import Predictions, read_predictions
 from modeling_lsm.evaluation.questions import Records, hash_questions, make_questions, needs_keywords
 from modeling_lsm.evaluation.report import comparison_table, figure_table, update_model_card, write_report
 from modeling_lsm.evaluation.running import answer_questions
-from modeling_lsm.evaluation.scoring import CEILING, score_predictions
+from modeling_lsm.evaluation.scoring import CEILING, Answers, score_predictions
 from modeling_lsm.evaluation.systems import CascadeSystem, LsmSystem, TextSystem
 from modeling_lsm.evaluation.tasks import DatasetEntry, load_dataset_entry, load_task, read_tables
 from modeling_lsm.files import write_atomically
@@ -59,9 +59,12 @@ def main(args: EvalArguments) -> None:
 
     answers = read_predictions(output_dir / "predictions")
     if args.recompute:
-        # What was asked is as it was, and by what; how it is judged may change.
-        run = next(iter(answers.values()))[0]["run"]
-        settings |= {key: value for key, value in run["settings"].items() if key not in JUDGING}
+        settings |= recorded_settings(answers)
+        if settings["model_name_or_path"] is None or settings["dataset"] is None:
+            raise ValueError(
+                f"The answers in {output_dir} do not say which command gave them: an earlier version wrote them. Add "
+                "the arguments of that command to --recompute, --model_name_or_path and --dataset at least."
+            )
     if args.update_model_card and ("lsm" not in answers or settings["model_name_or_path"] is None):
         raise ValueError(
             f"--update_model_card needs answers of the system lsm in {output_dir}, and --model_name_or_path, the "
@@ -76,10 +79,18 @@ def main(args: EvalArguments) -> None:
     tables = [*figure_table(results), "", *(comparison_table(results) if len(answers) > 1 else [])]
     logger.info("\n%s\n\nMore in %s.", "\n".join(tables), output_dir / "report.md")
     if args.bias or args.recompute and (output_dir / "bias").is_dir():
-        report_bias(output_dir, settings, args.resamples, args.seed, args.confidence)
+        if args.recompute:  # the bias may have been measured later than all else
+            settings = settings | recorded_settings(read_predictions(output_dir / "bias" / "answers"))
+        report_bias(output_dir, settings, versions, args.resamples, args.seed, args.confidence)
         logger.info("The anchor bias: %s.", output_dir / "bias_report.md")
     if args.update_model_card:
         update_model_card(settings["model_name_or_path"], results)
+
+
+def recorded_settings(answers: Answers) -> dict[str, Any]:
+    """What was asked, and by what, if it is on record with `answers`. How these are judged may change."""
+    run = next(iter(answers.values()))[0].get("run")
+    return {key: value for key, value in run["settings"].items() if key not in JUDGING} if run else {}
 
 
 def read_versions() -> dict[str, str]:
@@ -144,6 +155,7 @@ def answer_all(args: EvalArguments, folder: Path, run: dict[str, Any]) -> None:
             args.max_new_tokens,
             dataset.normalizer or "english",
             {"dataset": dataset.identity(), "requests": requests and requests.identity()},
+            run,
         )
 
 

@@ -157,7 +157,7 @@ def detected(tmp_path_factory) -> dict:
     systems = {"transcribes": Transcribes(model), "answers": TakesSpeechForTheInstruction(model)}
     systems |= {"deaf": IgnoresSpeech(model), "text": Ideal(model)}
     bias_suite.measure_bias(systems, questions, folder, measured_rows=0)
-    return bias_suite.report_bias(folder, {}, resamples=50)
+    return bias_suite.report_bias(folder, {}, {}, resamples=50)
 
 
 def test_bias_of_a_model_that_ignores_its_instruction(detected):
@@ -230,7 +230,9 @@ def test_bias_figures_by_hand(records):
     assert figures["distance"] == pytest.approx((16 + 2 * 2 / 4 + 3 + 7) / 56)
     assert figures["clip_distance"] == 4 / 8
     assert results["instructions"]["text"]["ending"]["value"] == 1 / 2
-    assert results["thresholds"]["text"]["0.6"] == 1 / 16 and results["thresholds"]["text"]["0.7"] == 2 / 16
+    by_threshold = results["thresholds"]["text"]
+    assert by_threshold["0.6"]["value"] == 1 / 16 and by_threshold["0.7"]["value"] == 2 / 16
+    assert by_threshold["0.5"] == results["figures"]["collapse"]["text"] and by_threshold["0.5"]["high"] == 1 / 8
     assert results["forgetting"] == {}
 
 
@@ -243,7 +245,7 @@ def test_bias_clips_that_could_not_be_read_do_not_lower_it(records):
             row["problem"] = "cannot be decoded"
     results = score_bias(answers, resamples=20)
     figures = {name: row["text"]["value"] for name, row in results["figures"].items()}
-    assert figures["collapse"] == 1 and results["thresholds"]["text"]["0.5"] == 1
+    assert figures["collapse"] == 1 and results["thresholds"]["text"]["0.5"]["value"] == 1
     assert figures["repeated"] == 1 / 3 and figures["written"] == figures["fit"] == 0
     asked = len(SETTINGS["instructions"]) + len(SETTINGS["written"])
     assert [(row["source"], row["answers"], row["systems"]) for row in results["unreadable"]] == [
@@ -252,7 +254,7 @@ def test_bias_clips_that_could_not_be_read_do_not_lower_it(records):
     for row in rows.values():
         row["problem"] = "cannot be decoded"
     nothing = score_bias(answers, resamples=20)
-    assert nothing["figures"]["collapse"]["text"]["value"] is nothing["thresholds"]["text"]["0.5"] is None
+    assert nothing["figures"]["collapse"]["text"]["value"] is nothing["thresholds"]["text"]["0.5"]["value"] is None
 
 
 def test_bias_distance_by_hand():
@@ -467,6 +469,25 @@ def test_bias_suite_from_end_to_end(tiny_checkpoint, corpus, tmp_path):
     for key in ("figures", "gaps", "outcomes", "forgetting", "attention", "divergence"):
         assert again[key] == results[key]
     assert (tmp_path / "bias_report.md").read_text() == report
+
+
+def test_bias_results_say_where_they_come_from(tiny_checkpoint, corpus, tmp_path, monkeypatch):
+    """Also if the bias was measured after all else, and is judged on another day."""
+    plain = {"tasks": ["transcription"], "measured_rows": 0}
+    settings = {"max_new_tokens": 6, "resamples": 20, **plain}
+    script.main(script.EvalArguments(str(tmp_path), str(tiny_checkpoint), str(corpus), **settings))
+    results = evaluate(tiny_checkpoint, corpus, tmp_path, bias_rows=1, **plain)
+    versions = json.loads((tmp_path / "results.json").read_text())["versions"]
+    assert results["versions"] == versions and "transformers" in versions
+    for meta in results["systems"].values():
+        assert meta["run"]["versions"] == versions and meta["run"]["settings"]["bias_rows"] == 1
+        assert meta["model"]["fingerprint"] and meta["questions"]["sensitivity"]
+    monkeypatch.setattr(script, "read_versions", lambda: {"python": "4.0"})
+    script.main(script.EvalArguments(str(tmp_path), recompute=True, resamples=10))
+    again = json.loads((tmp_path / "bias.json").read_text())
+    assert again["versions"] == {"python": "4.0"} and again["systems"] == results["systems"]
+    judging = {"recompute": True, "resamples": 10}
+    assert again["settings"] == results["settings"] | judging
 
 
 def test_bias_suite_is_taken_up_where_it_stopped(tiny_checkpoint, corpus, tmp_path, monkeypatch):

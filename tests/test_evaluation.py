@@ -77,6 +77,13 @@ def test_all_systems_and_tasks(tiny_checkpoint, tiny_bases, corpus, tmp_path):
     passed = [CHECKS[row["check"]["kind"]].holds(row["text"], **row["check"]["parameters"]) for row in checked]
     assert passing == {"rows": 6, "followed": sum(passed)}
 
+    kinds = [row["check"]["kind"] for row in checked]
+    assert {kind: figure["rows"] for kind, figure in results["checks"]["following"]["text"].items()} == {
+        kind: kinds.count(kind) for kind in sorted(kinds)
+    }
+    for figure in results["checks"]["following"]["text"].values():
+        assert figure["low"] <= figure["value"] == figure["followed"] / figure["rows"] <= figure["high"]
+
     report = (tmp_path / "report.md").read_text()
     assert f"The bare transcript would pass {sum(passed)} of the 6 checks." in report
     for part in ("(gap to the ceiling)", "| transcription | word error rate ↓ | 6 |", "5.wav", "BLEU: `nrefs:1|"):
@@ -118,6 +125,23 @@ def test_recompute_needs_no_model(tiny_checkpoint, corpus, tmp_path, monkeypatch
     script.main(script.EvalArguments(str(tmp_path), recompute=True, resamples=50, confidence=0.5))
     perfect = json.loads((tmp_path / "results.json").read_text())
     assert perfect["figures"]["sentiment"]["accuracy"]["lsm"] == {"value": 1, "low": 1, "high": 1}
+
+
+def test_recompute_of_answers_without_a_record_of_their_run(tiny_checkpoint, corpus, tmp_path):
+    """Earlier versions wrote such."""
+    results = evaluate(tiny_checkpoint, corpus, tmp_path, tasks=["sentiment"])
+    path = tmp_path / "predictions" / "lsm.jsonl"
+    first, *rows = path.read_text().splitlines(keepends=True)
+    meta = json.loads(first)
+    del meta["run"]
+    path.write_text("".join([json.dumps(meta) + "\n", *rows]))
+    for model in (None, str(tiny_checkpoint)):
+        with pytest.raises(
+            ValueError, match="do not say which command gave them.* --model_name_or_path and --dataset"
+        ):
+            script.main(script.EvalArguments(str(tmp_path), model, recompute=True))
+    again = evaluate(tiny_checkpoint, corpus, tmp_path, recompute=True)
+    assert again["figures"] == results["figures"] and again["settings"]["dataset"] == str(corpus)
 
 
 def test_stopped_and_resumed(tiny_checkpoint, corpus, tmp_path, monkeypatch):

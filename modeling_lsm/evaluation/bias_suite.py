@@ -56,6 +56,7 @@ def measure_bias(
     max_new_tokens: int = 225,
     normalizer: str = "english",
     datasets: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> None:
     """
     Writes to `folder / "bias"` all that the suite needs of models, in as many processes as there are.
@@ -69,6 +70,7 @@ def measure_bias(
         max_new_tokens (`int`, *optional*, defaults to 225): Longest answer, in tokens.
         normalizer (`str`, *optional*, defaults to `"english"`): Of the word error rate.
         datasets (`dict`, *optional*): What tells the clips from others, for the record: see [`DatasetEntry.identity`].
+        run (`dict`, *optional*): Settings and versions of the run, for the record.
     """
     if UNTRAINED in systems:
         raise ValueError(f"A system cannot be called {UNTRAINED!r}, which the LLM before training is. Rename it.")
@@ -93,6 +95,7 @@ def measure_bias(
             "dtype": str(system.model.dtype),
             "num_rows": len(asked),
             "questions": {task: hash_questions(questions[task]) for task in tasks},
+            "run": run,
         }
         predictions = Predictions(folder / "bias" / "answers", name, metas[name], state.process_index)
         state.wait_for_everyone()  # all have read what there was before one adds to it
@@ -151,20 +154,25 @@ def remaining(
 
 
 def report_bias(
-    folder: Path, settings: dict[str, Any], resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+    folder: Path,
+    settings: dict[str, Any],
+    versions: dict[str, str],
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> dict[str, Any]:
     """
     Computes the figures of the bias from what [`measure_bias`] wrote. Writes `bias.json`, `bias_report.md` and plots.
 
     Args:
         folder (`Path`): The evaluation's output folder.
-        settings (`dict`): Settings of the run, for the record.
+        settings, versions (`dict`): Settings of the run and versions of what computes the figures, for the record.
         resamples, seed, confidence: As of [`bootstrap`].
 
     Returns:
         `dict`: What `bias.json` holds: that of [`score_bias`], `attention[system]` (shares by layer and group of
         heads, by layer, in all, and of the instruction in what it and the speech get), `divergence[system]`, the first
-        lines of the answers, and the settings.
+        lines of the answers (`systems`, with settings and versions of the run that gave them), settings and versions.
     """
     answers = read_predictions(folder / "bias" / "answers")
     options = (resamples, seed, confidence)
@@ -181,6 +189,7 @@ def report_bias(
             results["divergence"][name] = {"rows": len(nats), **summarize_divergence(nats, *options)}
     results["systems"] = {name: meta for name, (meta, _) in answers.items()}
     results["settings"] = {**settings, **SETTINGS, "resamples": resamples, "seed": seed, "confidence": confidence}
+    results["versions"] = versions
     write_bias_report(folder, results, answers)
     write_atomically(folder / "bias.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
