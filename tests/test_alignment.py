@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from modeling_lsm.composing import new_projector
-from modeling_lsm.training import feature_cache
+from modeling_lsm.training import ctc, feature_cache
 from modeling_lsm.training.alignment import align, draw_batches
 from modeling_lsm.training.ctc import alignable_rows, tokenize_transcripts
 from tests import tiny
@@ -90,6 +90,37 @@ def test_learns_the_words_of_a_few_clips_and_changes_the_projector_alone(project
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (not name.startswith("model.projector.")), name
+
+
+def test_a_sample_of_the_labels_stands_for_all(monkeypatch):
+    """Told apart from a few of the others at a time, and these weighing more, words have about the same loss."""
+    embeddings = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    head = ctc.EmbeddingCtcHead(embeddings)
+    vectors, labels = 0.3 * embeddings[[7, 50, 300]], torch.tensor([50, 7, 300, 50])
+    whole = head(vectors)[range(3), [7, 50, 300]]
+    everything, no_weights = head.sample(labels)
+    assert everything.tolist() == list(range(1, 400)) and not no_weights.any()
+
+    monkeypatch.setattr(ctc, "NUM_OTHER_LABELS", 40)
+    drawn = []
+    for seed in range(2000):
+        torch.manual_seed(seed)
+        chosen, log_weights = head.sample(labels)
+        assert len(chosen.unique()) == 43 and {7, 50, 300} < set(chosen.tolist()) and ctc.BLANK not in chosen
+        assert set(chosen[log_weights == 0].tolist()) == {7, 50, 300}
+        log_probs = head(vectors, chosen, log_weights)
+        assert torch.allclose(log_probs.exp().sum(-1), torch.ones(3))
+        drawn.append(log_probs[range(3), torch.searchsorted(chosen, torch.tensor([7, 50, 300])) + 1])
+    # 1 / probability is the partition function, whose mean over samples is exact.
+    torch.testing.assert_close((-torch.stack(drawn)).exp().mean(0), (-whole).exp(), rtol=0.05, atol=0)
+
+
+def test_learns_from_samples_of_the_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctc, "NUM_OTHER_LABELS", 2)
+    model, processor = make_pair()
+    rows = make_rows()
+    figures = align(model, processor, rows, tmp_path, steps=300, batch_size=2, learning_rate=3e-3, held_out_rows=rows)
+    assert figures["vocabulary"] > 6 and figures["wer"] == 0.0
 
 
 def test_vectors_lie_where_the_words_lie_and_blanks_at_the_filler(tmp_path):
