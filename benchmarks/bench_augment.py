@@ -18,17 +18,15 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from demo.fetch_models import fetch_speech_model, fetch_text_model
+from benchmarks.models import TIE, load_model
 from demo.synthesize import read_sentences
-from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
+from modeling_lsm import LsmForConditionalGeneration
 from modeling_lsm.augmentation import assign_instructions, load_tasks, row_identity
 from modeling_lsm.augmentation.decoding import greedy_decode, read_end_tokens
 from modeling_lsm.augmentation.prompts import Prompter
-from modeling_lsm.composing import compose
 
 
 BASELINE_BATCH = 32
-TIE = 1e-3  # logits nearer to each other than this are told apart by rounding alone
 
 
 def main() -> None:
@@ -39,13 +37,7 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=16384, help="as for augment.py")
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.model_name_or_path:
-        model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path)
-        processor = LsmProcessor.from_pretrained(args.model_name_or_path)
-    else:
-        model, processor = compose(str(fetch_speech_model()), str(fetch_text_model()))
-    model = model.to(device).eval()
+    model, processor = load_model(args.model_name_or_path)
     prompts = Prompter(processor.tokenizer, processor.chat_template).encode(draw_prompts(args.rows))
     greedy_decode(model, prompts[:2], 4, args.batch_tokens)  # warm up
 
@@ -87,7 +79,7 @@ def main() -> None:
         "differing_by_more_than_a_tie": sum(not difference["is_tie"] for difference in differences),
         "differences": differences,
         "seats": args.batch_tokens // (max(map(len, prompts)) + args.max_new_tokens),
-        "device": device,
+        "device": model.device.type,
         "threads": torch.get_num_threads(),
         "load_average": loads,
     }

@@ -18,15 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from demo.fetch_models import fetch_speech_model, fetch_text_model
-from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor
+from benchmarks.models import TIE, load_model
+from modeling_lsm import LsmPipeline
 from modeling_lsm.augmentation import load_tasks
-from modeling_lsm.composing import compose
 from modeling_lsm.evaluation.systems import LsmSystem
 
 
 RECORDINGS = Path(__file__).parent.parent / "tests" / "fixtures" / "librivox"
-TIE = 1e-3  # logits nearer to each other than this are told apart by rounding alone
 
 
 def main() -> None:
@@ -37,16 +35,9 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.model_name_or_path:
-        model = LsmForConditionalGeneration.from_pretrained(args.model_name_or_path)
-        processor = LsmProcessor.from_pretrained(args.model_name_or_path)
-    else:
-        torch.manual_seed(0)
-        model, processor = compose(str(fetch_speech_model()), str(fetch_text_model()))
-    model = model.to(device).eval()
+    model, processor = load_model(args.model_name_or_path)
     system = LsmSystem(model, processor, args.batch_size)
-    pipe = LsmPipeline(model=model, processor=processor, device=device)
+    pipe = LsmPipeline(model=model, processor=processor, device=model.device)
     rows = make_rows(args.rows)
     system.answer(rows[:2], 4)  # warm up
     answer_singly(pipe, rows[:1], 4)
@@ -79,7 +70,7 @@ def main() -> None:
         "differing": len(differences),
         "differing_by_more_than_a_tie": sum(not difference["is_tie"] for difference in differences),
         "differences": differences,
-        "device": device,
+        "device": model.device.type,
         "threads": torch.get_num_threads(),
         "load_average": loads,
     }
