@@ -133,9 +133,6 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
             seed=training_args.seed,
             device=training_args.device,
         )
-    # Rows are rendered, and audio is read, by the collator; there is nothing for the trainer to prepare.
-    training_args.dataset_kwargs = {"skip_prepare_dataset": True}
-    training_args.remove_unused_columns = False
     # The trainer would upload files of its own at every save.
     push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
     end_tokens = model.generation_config.eos_token_id

@@ -187,8 +187,6 @@ def train(
             seed=0,
             train_sampling_strategy="group_by_length",
             length_column_name="length",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
         )
         trainer = LsmTrainer(
             model=model,

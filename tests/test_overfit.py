@@ -77,8 +77,6 @@ def learner(real_speech_model, real_text_model, manifest, tmp_path):
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            remove_unused_columns=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
         )
         collator = SpeechTextCollator(processor, end_tokens=model.generation_config.eos_token_id, feature_cache=cache)
         trainer = LsmTrainer(

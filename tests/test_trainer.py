@@ -30,8 +30,6 @@ def make_args(output_dir: Path, **kwargs) -> SFTConfig:
     return SFTConfig(
         **{
             "output_dir": str(output_dir),
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-            "remove_unused_columns": False,
             "length_column_name": "length",
             "report_to": "none",
             "use_cpu": True,
@@ -72,7 +70,7 @@ def test_loss_is_that_of_sft_trainer(model, processor, rows, tmp_path):
         by_count = ours.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(1000))
     theirs = SFTTrainer(
         model=tiny.make_model(),
-        args=make_args(tmp_path),
+        args=make_args(tmp_path, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False),
         train_dataset=rows,
         processing_class=processor,
         data_collator=SpeechTextCollator(processor),

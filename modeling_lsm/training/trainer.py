@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
 from ..modeling_lsm import LsmForConditionalGeneration
@@ -45,13 +45,14 @@ class LsmTrainer(SFTTrainer):
             Fill batches up to so many tokens, padding included, rather than with a fixed number of rows.
         slim (`bool`, *optional*, defaults to `True`):
             Save only what trained, where the rest is what the base models are.
-        args, kwargs:
-            See `SFTTrainer`.
+        args (`SFTConfig`): See `SFTTrainer`. Rows are not prepared, as the collator does that, and keep all columns.
+        kwargs: See `SFTTrainer`.
     """
 
     def __init__(
         self,
-        *args,
+        *,
+        args: SFTConfig,
         projector_learning_rate: float | None = None,
         distill_weight: float = 0.0,
         max_batch_tokens: int | None = None,
@@ -61,7 +62,10 @@ class LsmTrainer(SFTTrainer):
         self.projector_learning_rate = projector_learning_rate
         self.distill_weight = distill_weight
         self.max_batch_tokens = max_batch_tokens
-        super().__init__(*args, **kwargs)
+        # The collator renders rows and reads audio, from columns that no model knows.
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.remove_unused_columns = False
+        super().__init__(args=args, **kwargs)
         self.slim = slim and can_be_slim(self.model)
         self._counts = torch.zeros(len(COUNTERS), device=self.args.device)
         self._counting_since: float | None = None  # from the next step on, so that pauses do not count
