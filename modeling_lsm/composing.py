@@ -58,6 +58,7 @@ class ComposingArguments:
     projector_hidden_size: int = field(default=768, metadata={"help": "Width of the projector."})
     projector_num_layers: int = field(default=2, metadata={"help": "Layers of the Q-Former or MLP."})
     projector_num_attention_heads: int = field(default=12, metadata={"help": "Attention heads of the Q-Former."})
+    projector_dropout: float = field(default=0.0, metadata={"help": "Dropout in the projector, while it trains."})
     encoder_padding: str = field(
         default="longest",
         metadata={"help": "'longest' (a clip costs what it lasts) or 'max_length' (30 s, as Whisper)."},

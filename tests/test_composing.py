@@ -84,6 +84,7 @@ def test_command_line(tiny_bases, tmp_path):
     folder = tmp_path / "lsm"
     bases = ["--speech_model", str(tiny_bases.speech), "--text_model", str(tiny_bases.text)]
     settings = ["--projector_hidden_size", "32", "--projector_num_attention_heads", "4", "--num_queries", "2"]
+    settings += ["--projector_dropout", "0.2"]
     process = subprocess.run(
         [sys.executable, "-m", "modeling_lsm.composing", *bases, *settings, "--output_dir", str(folder)],
         cwd=Path(__file__).parents[1],
@@ -95,7 +96,7 @@ def test_command_line(tiny_bases, tmp_path):
     assert process.returncode == 0, process.stderr[-4000:]
     assert f"{folder}: " in process.stderr and "reloaded and checked" in process.stderr
     model, processor = LsmForConditionalGeneration.from_pretrained(folder), LsmProcessor.from_pretrained(folder)
-    assert model.config.num_queries == processor.num_queries == 2
+    assert model.config.num_queries == processor.num_queries == 2 and model.config.projector_dropout == 0.2
     llm = AutoModelForCausalLM.from_pretrained(tiny_bases.text)
     assert torch.equal(model(**words(processor)).logits, llm(**words(processor)).logits)
     assert model.config.base_models["speech"]["id"] == "tiny-whisper"
