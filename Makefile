@@ -35,6 +35,7 @@ test: venv  ## Run the fast tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
 test-slow: venv  ## Run the slow tests: real models, whole training runs
+	$(BIN)/python -m pip install -q -r experiments/tiny/requirements.txt
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 quality: venv  ## Check lint and formatting

@@ -5,6 +5,7 @@ settings. What a stage made is reused the next time.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -29,6 +30,13 @@ PROJECTOR = ["--projector_type", "mlp", "--projector_hidden_size", "1024", "--wi
 NUM_SENTENCES = 140
 NUM_HELD_OUT = 8  # synthetic clips that training does not see, besides one real recording
 TASKS = ["transcription", "repetition", "sentiment"]
+# Trained for longer than a demo takes, see experiments/tiny/README.md; the two base models are those of the demo.
+CHECKPOINT = ROOT / "experiments" / "tiny" / "results" / "checkpoint"
+QUESTIONS = [
+    "Write down the words that follow, exactly as they are.",
+    "What is the sentiment of the following, and which words carry it?",
+    'Begin your answer with "In short," and say what this is about.',
+]
 INSTRUCTIONS = Path(__file__).with_name("instructions.yaml")
 
 
@@ -83,8 +91,11 @@ def main() -> None:
         evaluated,
     )
 
-    stage(7, "Asking the trained model about recordings")
-    summary = summarize(args.output_dir, time.monotonic() - started)
+    stage(7, "Asking the trained model about recordings, and one that was trained for longer")
+    summary = summarize(args.output_dir)
+    if args.speech_model is None and args.text_model is None:
+        summary["experiment"] = ask_checkpoint(args.output_dir, {"speech": speech_model, "text": text_model})
+    summary["seconds"] = round(time.monotonic() - started, 1)
     (args.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_summary(args.output_dir, summary)
 
@@ -146,7 +157,18 @@ def read_manifest(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def summarize(output_dir: Path, seconds: float) -> dict:
+def ask_checkpoint(output_dir: Path, base_folders: dict[str, Path]) -> dict:
+    """What the experiment's model answers, several questions about a recording that it never heard."""
+    model = LsmForConditionalGeneration.from_pretrained(CHECKPOINT, base_folders=base_folders)
+    pipe = LsmPipeline(model=model, processor=LsmProcessor.from_pretrained(CHECKPOINT))
+    row = read_manifest(output_dir / "speech" / "heldout.jsonl")[0]
+    clip = str(output_dir / "speech" / row["audio"])
+    ask = functools.partial(pipe, clip, max_new_tokens=64, do_sample=False)
+    answers = {question: ask(text=question)[0]["generated_text"] for question in QUESTIONS}
+    return {"checkpoint": str(CHECKPOINT), "clip": clip, "said": row["text"], "answers": answers}
+
+
+def summarize(output_dir: Path) -> dict:
     """Ask the trained model about one recording from training and one that it never heard, and gather the figures."""
     trained = output_dir / "trained"
     pipe = LsmPipeline(
@@ -172,7 +194,6 @@ def summarize(output_dir: Path, seconds: float) -> dict:
         "answer": answers["train"]["answer"],
         "answers": answers,
         "wer_held_out": results["figures"]["transcription"]["wer"]["lsm"]["value"],
-        "seconds": round(seconds, 1),
     }
 
 
@@ -198,7 +219,13 @@ A recording that the model never heard
   answer  {new["answer"]}
 
 That is what a few minutes on a hundred and fifty clips teach. On held-out ones the word error rate is
-{summary["wer_held_out"]:.2f}; for a model that understands, give it hours of speech, as README.md says.""")
+{summary["wer_held_out"]:.2f}.""")
+    if experiment := summary.get("experiment"):
+        print(f"""
+The model of experiments/tiny, which has heard hours of speech, about a recording that it never heard
+  said      {experiment["said"]}""")
+        for question, answer in experiment["answers"].items():
+            print(f"  question  {question}\n  answer    {answer}")
 
 
 if __name__ == "__main__":

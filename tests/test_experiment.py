@@ -3,14 +3,19 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from piper import SynthesisConfig
 
+from demo.fetch_models import fetch_speech_model
 from experiments.tiny import speak
 from experiments.tiny.speak import make_clip, plan_clips, speak_split
 from experiments.tiny.voices import KOKORO_LENGTH_STEP, KOKORO_VOICES_FILE, VOICES, KokoroVoice, load_voice
@@ -26,6 +31,11 @@ from experiments.tiny.write_sentences import (
     split_of,
     write_sentences,
 )
+from modeling_lsm import LsmForConditionalGeneration
+from tests import tiny
+
+
+ROOT = Path(__file__).parent.parent
 
 
 # WordNet's examples
@@ -299,3 +309,34 @@ def test_real_voices_repeat_themselves(name):
     first, again = (next(iter(load_voice(name).synthesize("He will call you back.", settings))) for _ in range(2))
     np.testing.assert_array_equal(first.audio_float_array, again.audio_float_array)
     assert 1 < len(first.audio_float_array) / first.sample_rate < 4
+
+
+@pytest.mark.slow
+def test_the_whole_experiment_with_a_tiny_llm(tmp_path):
+    """`make experiment SCALE=smoke`, with real voices, the real Whisper, and an LLM small enough to be quick."""
+    run, sentences = tmp_path / "run", choose_sentences("smoke")
+    tiny.save_llm_of_words([sentence.text for part in sentences.values() for sentence in part], tmp_path / "llm")
+    command = ["make", "-f", "experiments/tiny/Makefile", "SCALE=smoke", f"RUN={run}", f"PYTHON={sys.executable}"]
+    command += [f"SPEECH_MODEL={fetch_speech_model()}", f"TEXT_MODEL={tmp_path / 'llm'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+    results = json.loads((run / "results" / "results.json").read_text())
+    systems = {"lsm", "vanilla", "cascade", "text"}
+    assert results["figures"]["synthetic"]["transcription"]["wer"].keys() == systems
+    assert results["figures"]["real"]["transcription"]["wer"].keys() == systems
+    assert systems < results["bias"]["collapse"].keys()
+    assert {name: arm["steps"] for name, arm in results["training"].items()} == {"self_powered": 20, "vanilla": 20}
+    report = (run / "results" / "README.md").read_text()
+    for plot in re.findall(r"\]\((.+\.png)\)", report):
+        assert (run / "results" / plot).read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in (run / "results" / "checkpoint" / "config.json").read_text()
+    model = LsmForConditionalGeneration.from_pretrained(
+        run / "results" / "checkpoint", base_folders={"speech": fetch_speech_model(), "text": tmp_path / "llm"}
+    )
+    trained = LsmForConditionalGeneration.from_pretrained(run / "self_powered")
+    for (name, weight), other in zip(model.named_parameters(), trained.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0 and "Nothing to be done" in again.stdout

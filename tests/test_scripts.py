@@ -73,12 +73,7 @@ def test_augment_train_eval(launcher, tiny_checkpoint, librivox, tmp_path, monke
 @pytest.mark.slow
 def test_demo_with_other_models(tiny_bases, librivox, tmp_path):
     """`make demo` from end to end, with models of one's own; run again, it reuses what is there."""
-    # Letters are too many tokens for the alignment warm-up.
-    words = [*read_sentences(), *(clip.text for clip in librivox)]
-    tokenizer = tiny.make_tokenizer().train_new_from_iterator(words, vocab_size=1000)
-    tokenizer.save_pretrained(tmp_path / "llm")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    tiny.make_llm(vocab_size=1008, **special).save_pretrained(tmp_path / "llm")
+    tiny.save_llm_of_words([*read_sentences(), *(clip.text for clip in librivox)], tmp_path / "llm")
     command = [*PYTHON, "-m", "demo.run", "--speech-model", tiny_bases.speech, "--text-model", tmp_path / "llm"]
     command += ["--output-dir", tmp_path / "demo"]
     first = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)

@@ -1,5 +1,6 @@
 """Tiny random models, a byte-level tokenizer and synthetic audio, all built in memory."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,14 @@ def make_whisper(seed: int = 0, **kwargs) -> WhisperForConditionalGeneration:
 def make_llm(seed: int = 0, **kwargs) -> LlamaForCausalLM:
     """A tiny random Llama, tied unless `tie_word_embeddings=False`; `kwargs` are settings of its configuration."""
     return enliven(LlamaForCausalLM(llm_config(**kwargs)), seed)
+
+
+def save_llm_of_words(texts: list[str], folder: Path) -> None:
+    """A tiny LLM whose tokens are about as long as those of real ones: letters are too many for the warm-up."""
+    tokenizer = make_tokenizer().train_new_from_iterator(texts, vocab_size=1000)
+    tokenizer.save_pretrained(folder)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    make_llm(vocab_size=1008, **special).save_pretrained(folder)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast | None = None, **kwargs) -> LsmProcessor:

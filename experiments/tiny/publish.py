@@ -12,6 +12,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from experiments.tiny.write_sentences import SPLITS
+
 
 ARMS = {"lsm": "self-powered", "vanilla": "vanilla"}
 FOLDERS = {"lsm": "self_powered", "vanilla": "vanilla"}
@@ -26,7 +28,6 @@ BIAS = {
     "distance": "distance between answers to different instructions ↑",
 }
 PLOTS = ("bias_collapse.png", "bias_attention.png", "bias_divergence.png")
-CODE = (".py", ".jinja")  # of a checkpoint; the package has the same code
 Figure = dict[str, Any]
 
 
@@ -57,7 +58,7 @@ def gather(run: Path) -> dict[str, Any]:
         "warm_up": read_lines(run / "warm" / "alignment" / "log.jsonl")[-1],
         "training": arms,
         "data": {
-            **{part: len(read_lines(run / "speech" / part / "metadata.jsonl")) for part in ("train", "test")},
+            **{part: len(read_lines(run / "speech" / part / "metadata.jsonl")) for part in SPLITS},
             "targets": read_json(run / "augmented" / "provenance.json")["counts"],
         },
         "versions": evaluated["synthetic"]["versions"],
@@ -93,6 +94,47 @@ def table(results: dict[str, Any]) -> list[str]:
         if name in results["bias"]:
             add(title, results["bias"][name])
     return lines
+
+
+def report(results: dict[str, Any], scale: str) -> list[str]:
+    """The results as a page."""
+    data, targets, training = results["data"], results["data"]["targets"], results["training"]
+    accepted = sum(count for key, count in targets.items() if key.startswith("accepted"))
+    names = list(next(iter(results["instructions"].values())))
+    instructions = [
+        "| instruction | " + " | ".join(SYSTEMS.values()) + " |",
+        "|---|" + "---|" * len(SYSTEMS),
+        *(
+            f"| {name} | " + " | ".join(show(results["instructions"][system].get(name)) for system in SYSTEMS) + " |"
+            for name in names
+        ),
+    ]
+    return [
+        f"# Results of `make experiment SCALE={scale}`",
+        "",
+        f"{data['train']:,} clips to train on and {data['warm_up']:,} more for the warm-up, {accepted:,} targets; "
+        f"{results['warm_up']['step']:,} steps of warm-up, then {training['vanilla']['steps']:,} of training for each "
+        "way, from the same warm-up on the same clips. Measured on "
+        f"{data['test']:,} sentences and voices that no training heard. In brackets: 95 % bootstrap intervals.",
+        "",
+        *table(results),
+        "",
+        "The *text* system is the LLM before training, reading the transcript; the *cascade* is the Whisper that the "
+        "encoder is from, then that LLM. What the figures mean: `modeling_lsm/evaluation/bias.yaml`. All of them, and "
+        "those of each LLM reading after training, are in [results.json](results.json).",
+        "",
+        "## Instructions on speech, by kind",
+        "",
+        *instructions,
+        "",
+        "## Curves",
+        "",
+        f"The warm-up alone recognizes the validation clips with a WER of {results['warm_up']['wer']:.3f}.",
+        "",
+        *(f"![{plot}]({plot})" for plot in ("training.png", *PLOTS)),
+        "",
+        "`checkpoint/` is the self-powered model: projector and LoRA. `make demo` asks it.",
+    ]
 
 
 def plot_curves(run: Path, path: Path) -> None:
@@ -139,8 +181,7 @@ def main() -> None:
         shutil.copy(args.run / "synthetic" / name, args.output_dir)
     plot_curves(args.run, args.output_dir / "training.png")
     copy_checkpoint(args.run / "self_powered", args.output_dir / "checkpoint")
-    report = ["# Results", "", *table(results), ""]
-    (args.output_dir / "README.md").write_text("\n".join(report), encoding="utf-8")
+    (args.output_dir / "README.md").write_text("\n".join(report(results, args.run.name)) + "\n", encoding="utf-8")
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
