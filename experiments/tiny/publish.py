@@ -1,4 +1,4 @@
-"""Gather what an experiment found: `python -m experiments.tiny.publish --run outputs/experiment/small --output-dir …`.
+"""Gather what an experiment found: `python -m experiments.tiny.publish --run … --scale small --output-dir …`.
 
 Writes `results.json` with every figure and interval, `README.md` with the tables, the plots, and `checkpoint/`, the
 self-powered model: what trained, without the two base models.
@@ -173,6 +173,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the experiment")
+    parser.add_argument("--scale", required=True, help="how large it was: smoke, small or full")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def main() -> None:
         shutil.copy(args.run / "synthetic" / name, args.output_dir)
     plot_curves(args.run, args.output_dir / "training.png")
     copy_checkpoint(args.run / "self_powered", args.output_dir / "checkpoint")
-    (args.output_dir / "README.md").write_text("\n".join(report(results, args.run.name)) + "\n", encoding="utf-8")
+    (args.output_dir / "README.md").write_text("\n".join(report(results, args.scale)) + "\n", encoding="utf-8")
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
