@@ -161,8 +161,8 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".safetensors") and file.name not in ("run.json", "trainer_state.json"):
-            shutil.copy(file, target / file.name)
-    shutil.copy(source / "chat_template.jinja", target)
+            shutil.copyfile(file, target / file.name)
+    shutil.copyfile(source / "chat_template.jinja", target / "chat_template.jinja")
     config = read_json(target / "config.json")
     for base in config["base_models"].values():
         base.pop("path", None)
