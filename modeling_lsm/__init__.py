@@ -4,9 +4,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoPr
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_lsm import AudioTiming, LsmConfig
-from .modeling_lsm import PROJECTORS, LsmForConditionalGeneration, LsmModel, LsmPreTrainedModel, LsmSpeechEncoder
+from .modeling_lsm import LsmForConditionalGeneration, LsmModel, LsmPreTrainedModel
 from .pipeline_lsm import TASK, LsmPipeline
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, load_waveform, make_chat
+from .projectors_lsm import PROJECTORS
+from .speech_encoder_lsm import LsmSpeechEncoder
 
 
 __version__ = "0.1.0"

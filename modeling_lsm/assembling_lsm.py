@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .configuration_lsm import LsmConfig
 from .fingerprints import fingerprint
 from .slim_lsm import BASES, LORA_A, LORA_B, merge_lora, part_of
+from .speech_encoder_lsm import load_speech_encoder
 
 
 def add_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
@@ -57,7 +58,6 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def assemble(
     folder: Path,
     config: LsmConfig,
-    load_speech_encoder: Callable[..., PreTrainedModel],
     base_folders: dict[str, str | os.PathLike],
     **hub_kwargs,
 ) -> dict[str, torch.Tensor]:
@@ -67,7 +67,6 @@ def assemble(
     Args:
         folder (`Path`): The slim checkpoint.
         config ([`LsmConfig`]): Its config.
-        load_speech_encoder (`Callable`): Loads the encoder of a Whisper, from a folder or Hub id and a dtype.
         base_folders (`dict`): Where the base models are, `"speech"` and `"text"`, if not where the config says.
         hub_kwargs: Arguments for the Hub, like `token`.
 

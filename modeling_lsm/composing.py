@@ -34,9 +34,11 @@ from transformers import (
 from .assembling_lsm import add_rows
 from .configuration_lsm import LsmConfig
 from .fingerprints import fingerprint
-from .modeling_lsm import PROJECTORS, LsmForConditionalGeneration, load_speech_encoder
+from .modeling_lsm import LsmForConditionalGeneration
 from .pipeline_lsm import LsmPipeline
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, make_chat
+from .projectors_lsm import PROJECTORS
+from .speech_encoder_lsm import load_speech_encoder
 
 
 logger = logging.getLogger(__name__)

@@ -10,21 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    Blip2QFormerConfig,
-    Blip2QFormerModel,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -32,246 +22,14 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .assembling_lsm import assemble, download_checkpoint, whole_models
 from .configuration_lsm import LsmConfig
+from .projectors_lsm import PROJECTORS, LsmQFormerProjector
 from .slim_lsm import merged_config
-
-
-class LsmSpeechEncoder(WhisperEncoder):
-    """
-    Whisper's encoder for audio of any length up to 30 s. The weights and their names are Whisper's own.
-
-    `WhisperEncoder` insists on 30 s of mel frames. This one takes fewer, with the position embeddings cut to match,
-    and with a mask that keeps the frames after the end of a clip from reaching the ones before it.
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # a whole Whisper loads without a remark
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        # Whisper does this where it meets the encoder itself, but outside of transformers' own modules the library
-        # passes over modules without parameters of their own.
-        if module is self.embed_positions:
-            init.copy_(module.weight, sinusoids(*module.weight.shape))
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_features: torch.Tensor,
-        input_features_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_features (`torch.Tensor` of shape `(chunks, num_mel_bins, mel_frames)`):
-                Log-mel spectrograms, at most `2 * max_source_positions` frames long.
-            input_features_mask (`torch.Tensor` of shape `(chunks, mel_frames)`, *optional*):
-                1 for the frames of the clip, 0 for padding after it. Without it every frame counts, as in Whisper.
-
-        Returns:
-            [`BaseModelOutput`] whose `last_hidden_state` has the shape `(chunks, ceil(mel_frames / 2), d_model)`.
-            What stands there after the end of a clip is undefined.
-        """
-        max_mel_frames = self.max_source_positions * self.conv2.stride[0]
-        if input_features.shape[-1] > max_mel_frames:
-            raise ValueError(
-                f"`input_features` has {input_features.shape[-1]} mel frames, more than the {max_mel_frames} that "
-                "this encoder has positions for. Use `LsmProcessor`: it splits longer clips into chunks."
-            )
-        if input_features_mask is not None:
-            # A convolution at the end of a clip must see zeros there, as it would without batch-mates.
-            mel_mask = input_features_mask[:, None, :].to(input_features.dtype)
-            input_features = input_features * mel_mask
-
-        hidden_states = nn.functional.gelu(self.conv1(input_features))
-        if input_features_mask is not None:
-            hidden_states = hidden_states * mel_mask
-        hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)  # [chunks, frames, d_model]
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
-        hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
-
-        attention_mask = None
-        if input_features_mask is not None:
-            attention_mask = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=input_features_mask[:, :: self.conv2.stride[0]],
-            )
-        for layer in self.layers:
-            if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
-                continue  # LayerDrop, https://huggingface.co/papers/1909.11556
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
-
-
-def load_speech_encoder(name: str, dtype: torch.dtype, **hub_kwargs) -> LsmSpeechEncoder:
-    """Loads the encoder of a whole Whisper checkpoint and makes sure that all its weights were found."""
-    config = AutoConfig.from_pretrained(name, **hub_kwargs)
-    if config.model_type != "whisper":
-        raise ValueError(f"{name} is a {config.model_type} model; the speech model must be a Whisper.")
-    encoder, report = LsmSpeechEncoder.from_pretrained(
-        name,
-        config=config,
-        dtype=dtype,
-        key_mapping={r"^(model\.)?encoder\.": ""},
-        output_loading_info=True,
-        **hub_kwargs,
-    )
-    if report["missing_keys"]:
-        raise ValueError(f"{name} lacks these weights of a Whisper encoder: {sorted(report['missing_keys'])}.")
-    return encoder
-
-
-def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
-    """Boolean mask of shape `(batch, max_length)`, `True` for the first `lengths[i]` positions of row `i`."""
-    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
-
-
-def split_into_windows(
-    hidden_states: torch.Tensor, lengths: torch.Tensor, config: LsmConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Cuts encoder frames into windows of `config.window_size` frames and keeps the windows that hold speech.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(chunks, frames, d_model)`): Encoder output.
-        lengths (`torch.Tensor` of shape `(chunks,)`): Frames of each chunk that are not padding.
-        config ([`LsmConfig`]): Gives the window size.
-
-    Returns:
-        The windows, `(windows, window_size, d_model)`, with zeros after the end of a clip, and their mask,
-        `(windows, window_size)`. All windows of the first chunk come first, in order of time.
-    """
-    chunks, frames, _ = hidden_states.shape
-    window_counts = config.timing.windows(lengths)  # [chunks]
-    max_windows = config.timing.windows(frames)
-    padded_frames = max_windows * config.window_size
-    frame_mask = length_mask(lengths, padded_frames)
-    hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, padded_frames - frames))
-    hidden_states = hidden_states * frame_mask[..., None].to(hidden_states.dtype)
-
-    keep = length_mask(window_counts, max_windows)  # [chunks, max_windows]
-    windows = hidden_states.view(chunks, max_windows, config.window_size, -1)[keep]
-    return windows, frame_mask.view(chunks, max_windows, config.window_size)[keep]
-
-
-class LsmQFormerProjector(nn.Module):
-    """
-    Window-level Q-Former: `num_queries` learned queries attend to the frames of one window at a time
-    ([Yu et al., 2024](https://huggingface.co/papers/2410.03798), after
-    [BLIP-2](https://huggingface.co/papers/2301.12597)). Cross-attention in every layer.
-    """
-
-    def __init__(self, config: LsmConfig):
-        super().__init__()
-        self.config = config
-        width = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
-        self.queries = nn.Parameter(torch.zeros(1, config.num_queries, width))
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=width,
-                num_hidden_layers=config.projector_num_layers,
-                num_attention_heads=config.projector_num_attention_heads,
-                intermediate_size=4 * width,
-                hidden_dropout_prob=config.projector_dropout,
-                attention_probs_dropout_prob=config.projector_dropout,
-                cross_attention_frequency=1,
-                encoder_hidden_size=config.audio_config.d_model,
-            )
-        )
-        self.output = nn.Linear(width, config.text_config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
-        query_states = self.qformer(
-            query_embeds=self.queries.expand(len(windows), -1, -1),
-            encoder_hidden_states=windows,
-            encoder_attention_mask=mask,
-        ).last_hidden_state  # [windows, num_queries, width]
-        return self.output(query_states.flatten(0, 1))
-
-
-class LsmMlpProjector(nn.Module):
-    """Frame stacking and an MLP: the frames of a window, put side by side, give one audio token."""
-
-    def __init__(self, config: LsmConfig):
-        super().__init__()
-        require_one_query(config)
-        self.config = config
-        width = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
-        in_features = [config.window_size * config.audio_config.d_model] + [width] * (config.projector_num_layers - 1)
-        self.layers = nn.ModuleList(nn.Linear(size, width) for size in in_features)
-        self.dropout = nn.Dropout(config.projector_dropout)
-        self.output_norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, config.text_config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
-        stacked = windows.flatten(1)  # [windows, window_size * d_model]
-        for layer in self.layers:
-            stacked = self.dropout(ACT2FN["gelu"](layer(stacked)))
-        return self.output(self.output_norm(stacked))
-
-
-class LsmConvProjector(nn.Module):
-    """
-    Strided convolutions: each halves the frame rate, so `window_size` is a power of two, and an audio token sees a
-    little of the windows beside its own.
-    """
-
-    def __init__(self, config: LsmConfig):
-        super().__init__()
-        require_one_query(config)
-        num_layers = config.window_size.bit_length() - 1
-        if config.window_size != 2**num_layers or num_layers < 1:
-            raise ValueError(
-                f"The conv projector halves the frame rate with every layer, so `window_size` must be a power of two, "
-                f"got {config.window_size}. Use 8 or 16, or projector_type='qformer', which takes any window size."
-            )
-        width = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
-        channels = [config.audio_config.d_model] + [width] * num_layers
-        self.layers = nn.ModuleList(
-            nn.Conv1d(channels[i], channels[i + 1], kernel_size=3, stride=2, padding=1) for i in range(num_layers)
-        )
-        self.dropout = nn.Dropout(config.projector_dropout)
-        self.output_norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, config.text_config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.layer_norm(hidden_states).transpose(1, 2)  # [chunks, d_model, frames]
-        for layer in self.layers:
-            mask = length_mask(lengths, hidden_states.shape[-1])[:, None, :]
-            hidden_states = self.dropout(ACT2FN["gelu"](layer(hidden_states * mask.to(hidden_states.dtype))))
-            lengths = -(-lengths // 2)
-        hidden_states = hidden_states.transpose(1, 2)  # [chunks, windows, width]
-        packed = hidden_states[length_mask(lengths, hidden_states.shape[1])]
-        return self.output(self.output_norm(packed))
-
-
-def require_one_query(config: LsmConfig) -> None:
-    """Raises a `ValueError` unless `config` asks for one audio token per window."""
-    if config.num_queries != 1:
-        raise ValueError(
-            f"`num_queries` is {config.num_queries}, but the {config.projector_type} projector makes exactly 1 audio "
-            "token per window. Set num_queries=1 or projector_type='qformer'."
-        )
-
-
-# A projector maps encoder output `(chunks, frames, d_model)` and the chunks' lengths `(chunks,)`, in frames, to packed
-# audio embeddings `(audio tokens, LLM width)`, as many per chunk as `AudioTiming.audio_tokens` says, through a last
-# layer called `output` whose input has unit variance. To add one, add it here.
-PROJECTORS = {"qformer": LsmQFormerProjector, "mlp": LsmMlpProjector, "conv": LsmConvProjector}
+from .speech_encoder_lsm import LsmSpeechEncoder
 
 
 @dataclass
@@ -368,7 +126,7 @@ class LsmPreTrainedModel(PreTrainedModel):
         # Under ZeRO-3 the first process hands out the weights; the others need their names and shapes alone.
         handed_out = is_deepspeed_zero3_enabled() and kwargs.get("quantization_config") is None
         if not (handed_out and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            weights = assemble(folder, config, load_speech_encoder, base_folders or {}, **hub_kwargs)
+            weights = assemble(folder, config, base_folders or {}, **hub_kwargs)
             missing = sorted(state_dict.keys() - weights.keys())
             if missing:
                 raise ValueError(
@@ -717,4 +475,4 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["PROJECTORS", "LsmForConditionalGeneration", "LsmModel", "LsmPreTrainedModel", "LsmSpeechEncoder"]
+__all__ = ["LsmForConditionalGeneration", "LsmModel", "LsmPreTrainedModel"]

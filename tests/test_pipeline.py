@@ -35,7 +35,9 @@ FILES = {
     "pipeline_lsm.py",
     "processing_lsm.py",
     "processor_config.json",
+    "projectors_lsm.py",
     "slim_lsm.py",
+    "speech_encoder_lsm.py",
     "tokenizer.json",
     "tokenizer_config.json",
 }

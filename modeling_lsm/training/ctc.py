@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_lsm import LsmForConditionalGeneration, LsmSpeechEncoder, length_mask
+from ..modeling_lsm import LsmForConditionalGeneration
 from ..processing_lsm import LsmProcessor, load_waveform
+from ..projectors_lsm import length_mask
+from ..speech_encoder_lsm import LsmSpeechEncoder
 
 
 BLANK = 0

@@ -1,0 +1,155 @@
+"""What turns encoder frames into audio tokens, window by window."""
+
+import torch
+from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers.activations import ACT2FN
+
+from .configuration_lsm import LsmConfig
+
+
+def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
+    """Boolean mask of shape `(batch, max_length)`, `True` for the first `lengths[i]` positions of row `i`."""
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+
+
+def split_into_windows(
+    hidden_states: torch.Tensor, lengths: torch.Tensor, config: LsmConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cuts encoder frames into windows of `config.window_size` frames and keeps the windows that hold speech.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(chunks, frames, d_model)`): Encoder output.
+        lengths (`torch.Tensor` of shape `(chunks,)`): Frames of each chunk that are not padding.
+        config ([`LsmConfig`]): Gives the window size.
+
+    Returns:
+        The windows, `(windows, window_size, d_model)`, with zeros after the end of a clip, and their mask,
+        `(windows, window_size)`. All windows of the first chunk come first, in order of time.
+    """
+    chunks, frames, _ = hidden_states.shape
+    window_counts = config.timing.windows(lengths)  # [chunks]
+    max_windows = config.timing.windows(frames)
+    padded_frames = max_windows * config.window_size
+    frame_mask = length_mask(lengths, padded_frames)
+    hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, padded_frames - frames))
+    hidden_states = hidden_states * frame_mask[..., None].to(hidden_states.dtype)
+
+    keep = length_mask(window_counts, max_windows)  # [chunks, max_windows]
+    windows = hidden_states.view(chunks, max_windows, config.window_size, -1)[keep]
+    return windows, frame_mask.view(chunks, max_windows, config.window_size)[keep]
+
+
+class LsmQFormerProjector(nn.Module):
+    """
+    Window-level Q-Former: `num_queries` learned queries attend to the frames of one window at a time
+    ([Yu et al., 2024](https://huggingface.co/papers/2410.03798), after
+    [BLIP-2](https://huggingface.co/papers/2301.12597)). Cross-attention in every layer.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        self.config = config
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        self.queries = nn.Parameter(torch.zeros(1, config.num_queries, width))
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=width,
+                num_hidden_layers=config.projector_num_layers,
+                num_attention_heads=config.projector_num_attention_heads,
+                intermediate_size=4 * width,
+                hidden_dropout_prob=config.projector_dropout,
+                attention_probs_dropout_prob=config.projector_dropout,
+                cross_attention_frequency=1,
+                encoder_hidden_size=config.audio_config.d_model,
+            )
+        )
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        query_states = self.qformer(
+            query_embeds=self.queries.expand(len(windows), -1, -1),
+            encoder_hidden_states=windows,
+            encoder_attention_mask=mask,
+        ).last_hidden_state  # [windows, num_queries, width]
+        return self.output(query_states.flatten(0, 1))
+
+
+class LsmMlpProjector(nn.Module):
+    """Frame stacking and an MLP: the frames of a window, put side by side, give one audio token."""
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        require_one_query(config)
+        self.config = config
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        in_features = [config.window_size * config.audio_config.d_model] + [width] * (config.projector_num_layers - 1)
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in in_features)
+        self.dropout = nn.Dropout(config.projector_dropout)
+        self.output_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        stacked = windows.flatten(1)  # [windows, window_size * d_model]
+        for layer in self.layers:
+            stacked = self.dropout(ACT2FN["gelu"](layer(stacked)))
+        return self.output(self.output_norm(stacked))
+
+
+class LsmConvProjector(nn.Module):
+    """
+    Strided convolutions: each halves the frame rate, so `window_size` is a power of two, and an audio token sees a
+    little of the windows beside its own.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        require_one_query(config)
+        num_layers = config.window_size.bit_length() - 1
+        if config.window_size != 2**num_layers or num_layers < 1:
+            raise ValueError(
+                f"The conv projector halves the frame rate with every layer, so `window_size` must be a power of two, "
+                f"got {config.window_size}. Use 8 or 16, or projector_type='qformer', which takes any window size."
+            )
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        channels = [config.audio_config.d_model] + [width] * num_layers
+        self.layers = nn.ModuleList(
+            nn.Conv1d(channels[i], channels[i + 1], kernel_size=3, stride=2, padding=1) for i in range(num_layers)
+        )
+        self.dropout = nn.Dropout(config.projector_dropout)
+        self.output_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.layer_norm(hidden_states).transpose(1, 2)  # [chunks, d_model, frames]
+        for layer in self.layers:
+            mask = length_mask(lengths, hidden_states.shape[-1])[:, None, :]
+            hidden_states = self.dropout(ACT2FN["gelu"](layer(hidden_states * mask.to(hidden_states.dtype))))
+            lengths = -(-lengths // 2)
+        hidden_states = hidden_states.transpose(1, 2)  # [chunks, windows, width]
+        packed = hidden_states[length_mask(lengths, hidden_states.shape[1])]
+        return self.output(self.output_norm(packed))
+
+
+def require_one_query(config: LsmConfig) -> None:
+    """Raises a `ValueError` unless `config` asks for one audio token per window."""
+    if config.num_queries != 1:
+        raise ValueError(
+            f"`num_queries` is {config.num_queries}, but the {config.projector_type} projector makes exactly 1 audio "
+            "token per window. Set num_queries=1 or projector_type='qformer'."
+        )
+
+
+# A projector maps encoder output `(chunks, frames, d_model)` and the chunks' lengths `(chunks,)`, in frames, to packed
+# audio embeddings `(audio tokens, LLM width)`, as many per chunk as `AudioTiming.audio_tokens` says, through a last
+# layer called `output` whose input has unit variance. To add one, add it here.
+PROJECTORS = {"qformer": LsmQFormerProjector, "mlp": LsmMlpProjector, "conv": LsmConvProjector}
+
+
+__all__ = ["PROJECTORS", "LsmQFormerProjector", "length_mask"]
