@@ -101,16 +101,17 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     if script_args.feature_cache is not None:
         if not is_deepspeed_zero3_enabled():
             model.to(training_args.device)
-        feature_cache = FeatureCache(script_args.feature_cache, encoder_key(model, processor))
-        for clips in filter(None, (rows, held_out)):
-            feature_cache.build(
-                clips,
-                model,
-                processor,
-                process_index=training_args.process_index,
-                num_processes=training_args.world_size,
-                num_workers=training_args.dataloader_num_workers,
-            )
+        with torch.autocast(training_args.device.type, torch.bfloat16, enabled=training_args.bf16):
+            feature_cache = FeatureCache(script_args.feature_cache, encoder_key(model, processor))
+            for clips in filter(None, (rows, held_out)):
+                feature_cache.build(
+                    clips,
+                    model,
+                    processor,
+                    process_index=training_args.process_index,
+                    num_processes=training_args.world_size,
+                    num_workers=training_args.dataloader_num_workers,
+                )
         state.wait_for_everyone()
 
     # ---- training ----

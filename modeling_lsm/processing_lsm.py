@@ -385,14 +385,15 @@ class LsmProcessor(ProcessorMixin):
             # the mirror image stays outside of every chunk, so that no chunk depends on the others' lengths.
             mel_frames = int(mel_lengths.max())
             padded_samples = mel_frames * timing.hop_length + self.feature_extractor.n_fft
-        features = self.feature_extractor(
-            chunks,
-            sampling_rate=timing.sampling_rate,
-            padding="max_length",
-            max_length=padded_samples,
-            device=device,
-            return_tensors="pt",
-        )["input_features"][..., :mel_frames]
+        with torch.autocast(torch.device(device).type, enabled=False):  # the extractor cannot do with less
+            features = self.feature_extractor(
+                chunks,
+                sampling_rate=timing.sampling_rate,
+                padding="max_length",
+                max_length=padded_samples,
+                device=device,
+                return_tensors="pt",
+            )["input_features"][..., :mel_frames]
 
         inputs = {
             "input_features": features,

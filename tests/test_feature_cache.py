@@ -85,6 +85,21 @@ def test_keeps_the_dtype_of_the_encoder(tmp_path):
     assert torch.equal(chunk, from_model(model, processor, clips[0])[0])
 
 
+def test_computes_in_mixed_precision_as_training_would(model, processor, tmp_path):
+    clips = make_clips([1.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = build(tmp_path, clips, model, processor)
+        key = encoder_key(model, processor)
+    inputs = processor(audio=[torch.tensor(clips[0]["audio"]["array"])])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model.get_audio_features(**inputs).last_hidden_state[0]
+    (chunk,) = mixed.load(hashes(clips)[0])
+    assert torch.equal(chunk, expected[: len(chunk)])
+    whole = build(tmp_path, clips, model, processor)
+    assert not torch.equal(chunk, whole.load(hashes(clips)[0])[0])
+    assert mixed.encoder_key == key != whole.encoder_key
+
+
 def test_gives_the_model_the_same_logits(model, processor, tmp_path):
     clips = make_clips([2.3])
     cache = build(tmp_path, clips, model, processor)

@@ -494,6 +494,12 @@ class TestFeatures:
             batch["input_features"][:1, :, :length], alone["input_features"][..., :length], atol=1e-6, rtol=0.0
         )
 
+    def test_features_are_whole_within_autocast(self, processor):
+        clip = noise(0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            inputs = processor(text=AUDIO_TOKEN, audio=clip)
+        assert torch.equal(inputs["input_features"], processor(text=AUDIO_TOKEN, audio=clip)["input_features"])
+
     def test_chunks_of_long_audio(self, processor):
         clip = noise(70)
         inputs = processor(text=[AUDIO_TOKEN, AUDIO_TOKEN], audio=[clip, clip[:100]])

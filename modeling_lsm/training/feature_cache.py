@@ -37,9 +37,14 @@ def describe_encoder(model: LsmForConditionalGeneration, processor: LsmProcessor
     encoder = model.model.audio_tower
     with whole(encoder.parameters()):
         weights = fingerprint(sorted(encoder.named_parameters()), vocab_size=-1)
+    device_type = encoder.conv1.weight.device.type
+    autocast = {}
+    if torch.is_autocast_enabled(device_type):
+        autocast["autocast"] = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
     return {
         "weights": weights,
         "dtype": str(encoder.conv1.weight.dtype).removeprefix("torch."),
+        **autocast,
         "encoder_padding": model.config.encoder_padding,
         "chunk_samples": model.config.timing.chunk_samples,
         "architecture": {name: getattr(model.config.audio_config, name) for name in ARCHITECTURE},
@@ -50,7 +55,8 @@ def describe_encoder(model: LsmForConditionalGeneration, processor: LsmProcessor
 def encoder_key(model: LsmForConditionalGeneration, processor: LsmProcessor) -> str:
     """
     A hash of everything that the encoder's output for a clip depends on: its weights, dtype, architecture and padding,
-    the length of its chunks, and the settings of the feature extractor. Under ZeRO-3 all processes call it together.
+    the length of its chunks, the settings of the feature extractor, and, within `torch.autocast`, what is cast. Under
+    ZeRO-3 all processes call it together.
 
     Args:
         model ([`LsmForConditionalGeneration`]): The model.
@@ -98,7 +104,8 @@ class FeatureCache:
         """
         Encodes the clips that are missing, on the device of `model`. Stopped at any moment and called again, it goes
         on, and has lost at most the shard that it was filling. With several processes, wait for all of them before
-        [`~FeatureCache.load`].
+        [`~FeatureCache.load`]. Within `torch.autocast` the encoder computes as it would in training with mixed
+        precision, and `encoder_key` has to come from there, too.
 
         What else is in a batch changes the last bits of a clip's features, as it does without a cache: by 1e-6 of
         their norm in float32, by 0.7 % in bfloat16 (Whisper tiny.en). One clip at a time gives the same bits.
