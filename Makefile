@@ -49,7 +49,8 @@ style: venv  ## Mend what of lint and formatting can be mended
 demo: venv  ## Compose, augment, train, evaluate and ask a small LSM (SPEECH_MODEL=, TEXT_MODEL=, OUTPUT_DIR= to choose)
 	$(BIN)/python -m demo.run $(DEMO_ARGUMENTS)
 
-bench: venv  ## Measure how fast augmenting, aligning, training and evaluating are, beside the obvious way
+bench: venv  ## Measure how fast encoding, augmenting, aligning, training and evaluating are, beside the obvious way
+	$(BIN)/python -m benchmarks.bench_encoder
 	$(BIN)/python -m benchmarks.bench_augment
 	$(BIN)/python -m benchmarks.bench_align
 	$(BIN)/python -m benchmarks.bench_train

@@ -1,11 +1,9 @@
 """Two pretrained models into one checkpoint: weights, rows, templates, refusals; and with real ones (slow)."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -297,15 +295,13 @@ class TestRealModels:
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=0.0)
 
     def test_encoder_padding(self, real_speech_model, real_text_model, librivox):
-        """At 30 s it is Whisper's. Printed (`-s`): what encoding at a clip's own length changes, and saves."""
+        """At 30 s it is Whisper's. At a clip's own length most of it stays as it was: the frames mean the same."""
         whisper = WhisperModel.from_pretrained(real_speech_model, dtype=torch.float32).encoder.eval()
         extractor = WhisperFeatureExtractor.from_pretrained(real_speech_model)
         models = {
             padding: compose(str(real_speech_model), str(real_text_model), dtype="float32", encoder_padding=padding)
             for padding in ("longest", "max_length")
         }
-        differences = {}
-        seconds = {padding: [] for padding in models}
         for clip in librivox:
             waveform = load_waveform(clip.path)
             states = {}
@@ -314,31 +310,13 @@ class TestRealModels:
                 audio = {key: inputs[key] for key in ("input_features", "input_features_mask")}
                 with torch.no_grad():
                     states[padding] = model.get_audio_features(**audio).last_hidden_state[0]
-                    times = []
-                    for _ in range(5):
-                        start = time.perf_counter()
-                        model.get_audio_features(**audio)
-                        times.append(time.perf_counter() - start)
-                seconds[padding].append(min(times))
             features = extractor(waveform, sampling_rate=16_000, return_tensors="pt")["input_features"]
             with torch.no_grad():
                 reference = whisper(features).last_hidden_state[0]
             torch.testing.assert_close(states["max_length"], reference, atol=1e-5, rtol=0.0)
             valid = models["longest"][0].config.timing.encoder_frames(-(-len(waveform) // 160))
             difference = (states["longest"][:valid] - reference[:valid]).norm() / reference[:valid].norm()
-            differences[clip.path.stem] = round(difference.item(), 4)
-        print(
-            json.dumps(
-                {
-                    "relative_l2_of_longest": differences,
-                    "seconds": {padding: [round(value, 4) for value in values] for padding, values in seconds.items()},
-                    "time_ratio": round(sum(seconds["max_length"]) / sum(seconds["longest"]), 2),
-                }
-            )
-        )
-        # Without the silence the frames mean the same, but not to the last bit: most of a state stays as it was.
-        assert all(0.0 < difference < 0.5 for difference in differences.values()), differences
-        assert sum(seconds["longest"]) < sum(seconds["max_length"])
+            assert 0.0 < difference < 0.5, clip.path
 
 
 def processor_text(message: dict) -> str:
