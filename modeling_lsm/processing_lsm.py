@@ -385,7 +385,7 @@ class LsmProcessor(ProcessorMixin):
             # the mirror image stays outside of every chunk, so that no chunk depends on the others' lengths.
             mel_frames = int(mel_lengths.max())
             padded_samples = mel_frames * timing.hop_length + self.feature_extractor.n_fft
-        with torch.autocast(torch.device(device).type, enabled=False):  # the extractor cannot do with less
+        with torch.autocast(torch.device(device).type, enabled=False):  # it ends in NumPy, without bfloat16
             features = self.feature_extractor(
                 chunks,
                 sampling_rate=timing.sampling_rate,
