@@ -58,8 +58,10 @@ class ComposingArguments:
     window_size: int = field(default=17, metadata={"help": "Encoder frames per window; 50 frames last one second."})
     num_queries: int = field(default=1, metadata={"help": "Audio tokens per window (Q-Former only)."})
     projector_hidden_size: int = field(default=768, metadata={"help": "Width of the projector."})
-    projector_num_layers: int = field(default=2, metadata={"help": "Layers of the Q-Former or MLP."})
-    projector_num_attention_heads: int = field(default=12, metadata={"help": "Attention heads of the Q-Former."})
+    projector_num_layers: int = field(default=2, metadata={"help": "Layers of the Q-Former, MLP or Transformer."})
+    projector_num_attention_heads: int = field(
+        default=12, metadata={"help": "Attention heads of the Q-Former or Transformer."}
+    )
     projector_dropout: float = field(default=0.0, metadata={"help": "Dropout in the projector, while it trains."})
     encoder_padding: str = field(
         default="longest",

@@ -108,13 +108,15 @@ class LsmConfig(PreTrainedConfig):
             encoder attend to that silence, as Whisper itself does.
         projector_type (`str`, *optional*, defaults to `"qformer"`):
             A key of `modeling_lsm.PROJECTORS`: `"qformer"` (window-level Q-Former), `"mlp"` (frames of a window
-            stacked) or `"conv"` (strided convolutions).
+            stacked), `"transformer"` (stacked, with attention over the whole clip) or `"conv"` (strided
+            convolutions).
         projector_hidden_size (`int`, *optional*, defaults to 768):
             Width of the projector.
         projector_num_layers (`int`, *optional*, defaults to 2):
-            Layers of the Q-Former or of the MLP. The `conv` projector has as many as `window_size` asks for.
+            Layers of the Q-Former, the MLP or the Transformer. The `conv` projector has as many as `window_size` asks
+            for.
         projector_num_attention_heads (`int`, *optional*, defaults to 12):
-            Attention heads of the Q-Former.
+            Attention heads of the Q-Former or the Transformer.
         projector_dropout (`float`, *optional*, defaults to 0.0):
             Dropout inside the projector.
         window_size (`int`, *optional*, defaults to 17):

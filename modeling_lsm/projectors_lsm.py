@@ -2,8 +2,11 @@
 
 import torch
 from torch import nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from .configuration_lsm import LsmConfig
 
@@ -137,6 +140,48 @@ class LsmConvProjector(nn.Module):
         return self.output(self.output_norm(packed))
 
 
+class LsmTransformerProjector(nn.Module):
+    """
+    Frame stacking and a Transformer: the frames of a window, put side by side, give one audio token, and every audio
+    token attends to those of its whole chunk. The layers are those of Whisper's encoder.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        require_one_query(config)
+        self.config = config
+        width = config.projector_hidden_size
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        self.input = nn.Linear(config.window_size * config.audio_config.d_model, width)
+        # Relative positions come from a convolution, as in wav2vec 2.0 (https://huggingface.co/papers/2006.11477).
+        heads = config.projector_num_attention_heads
+        self.position = nn.Conv1d(width, width, kernel_size=5, padding=2, groups=heads)
+        self.layer_config = WhisperConfig(
+            d_model=width,
+            encoder_attention_heads=heads,
+            encoder_ffn_dim=4 * width,
+            dropout=config.projector_dropout,
+            attention_dropout=config.projector_dropout,
+            activation_dropout=config.projector_dropout,
+            attn_implementation="sdpa",
+        )
+        self.layers = nn.ModuleList(WhisperEncoderLayer(self.layer_config) for _ in range(config.projector_num_layers))
+        self.output_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        counts = self.config.timing.windows(lengths)  # [chunks]
+        states = ACT2FN["gelu"](self.input(windows.flatten(1)))
+        states = pad_sequence(states.split(counts.tolist()), batch_first=True)  # [chunks, windows, width]
+        states = states + ACT2FN["gelu"](self.position(states.transpose(1, 2))).transpose(1, 2)
+        mask = length_mask(counts, states.shape[1])
+        attention_mask = create_bidirectional_mask(config=self.layer_config, inputs_embeds=states, attention_mask=mask)
+        for layer in self.layers:
+            states = layer(states, attention_mask)
+        return self.output(self.output_norm(states[mask]))
+
+
 def require_one_query(config: LsmConfig) -> None:
     """Raises a `ValueError` unless `config` asks for one audio token per window."""
     if config.num_queries != 1:
@@ -149,7 +194,12 @@ def require_one_query(config: LsmConfig) -> None:
 # A projector maps encoder output `(chunks, frames, d_model)` and the chunks' lengths `(chunks,)`, in frames, to packed
 # audio embeddings `(audio tokens, LLM width)`, as many per chunk as `AudioTiming.audio_tokens` says, through a last
 # layer called `output` whose input has unit variance. To add one, add it here.
-PROJECTORS = {"qformer": LsmQFormerProjector, "mlp": LsmMlpProjector, "conv": LsmConvProjector}
+PROJECTORS = {
+    "qformer": LsmQFormerProjector,
+    "mlp": LsmMlpProjector,
+    "conv": LsmConvProjector,
+    "transformer": LsmTransformerProjector,
+}
 
 
 __all__ = ["PROJECTORS", "LsmQFormerProjector", "length_mask"]

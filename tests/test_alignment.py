@@ -29,6 +29,7 @@ PROJECTORS = {
     "qformer": {"window_size": 8, "num_queries": 2},
     "mlp": {"projector_type": "mlp", "window_size": 4, "projector_hidden_size": 64},
     "conv": {"projector_type": "conv", "window_size": 4},
+    "transformer": {"projector_type": "transformer", "window_size": 4},
 }
 
 

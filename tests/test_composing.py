@@ -45,7 +45,7 @@ def words(processor) -> dict[str, torch.Tensor]:
     return processor.tokenizer("The quick brown fox, and so on.", return_tensors="pt")
 
 
-@pytest.mark.parametrize("projector", ["qformer", "mlp", "conv"])
+@pytest.mark.parametrize("projector", ["qformer", "mlp", "conv", "transformer"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_parts_are_the_bases(tiny_bases, tmp_path, tied, projector):
     llm = tiny.make_llm(tie_word_embeddings=tied)
@@ -196,7 +196,9 @@ class TestRefusals:
             compose(tmp_path, tiny_bases.text, **SMALL)
 
     def test_unknown_projector(self, tiny_bases):
-        with pytest.raises(ValueError, match="`projector_type` is 'linear'; expected one of 'qformer', 'mlp', 'conv'"):
+        with pytest.raises(
+            ValueError, match="`projector_type` is 'linear'; expected one of 'qformer', 'mlp', 'conv', 'transformer'"
+        ):
             compose(tiny_bases.speech, tiny_bases.text, projector_type="linear", **SMALL)
 
     @pytest.mark.parametrize("kind", ["granite", "gemma2", "gptj"])

@@ -17,6 +17,7 @@ PROJECTORS = {
     "qformer-3-queries": {"projector_type": "qformer", "num_queries": 3, "window_size": 50},
     "mlp": {"projector_type": "mlp"},
     "conv": {"projector_type": "conv", "window_size": 16},
+    "transformer": {"projector_type": "transformer"},
 }
 all_projectors = pytest.mark.parametrize("settings", PROJECTORS.values(), ids=PROJECTORS)
 both_paddings = pytest.mark.parametrize("encoder_padding", ["longest", "max_length"])
@@ -530,7 +531,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"projector_type": "linear"}, "`projector_type` is 'linear'; expected one of 'qformer', 'mlp', 'conv'"),
+            (
+                {"projector_type": "linear"},
+                "`projector_type` is 'linear'; expected one of 'qformer', 'mlp', 'conv', 'transformer'",
+            ),
             ({"projector_type": "conv"}, "power of two, got 17. Use 8 or 16"),
             ({"projector_type": "conv", "window_size": 1}, "power of two, got 1"),
             ({"projector_type": "mlp", "num_queries": 2}, "`num_queries` is 2, but the mlp projector .*num_queries=1"),
