@@ -233,7 +233,7 @@ def compare_speeds(processor: LsmProcessor, rows: Dataset, cache: FeatureCache, 
     vocabulary = make_vocabulary(processor.tokenizer, tokens)
     label_of = {token: label for label, token in enumerate(vocabulary)}
     labels = [[label_of[token] for token in sequence] for sequence in tokens]
-    aligner = Aligner(model, vocabulary, with_encoder=False)
+    aligner = Aligner(model, vocabulary, with_encoder=False, bf16=False)
     collate_clips = AlignmentCollator(processor, rows, labels, cache)
 
     add_lora(model, LoraConfig(**LORA))

@@ -65,8 +65,8 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "alignment" / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
-def test_learns_the_words_of_a_few_clips_and_changes_the_projector_alone(projector, tmp_path):
+@pytest.mark.parametrize("projector, bf16", [*((projector, False) for projector in PROJECTORS), ("transformer", True)])
+def test_learns_the_words_of_a_few_clips_and_changes_the_projector_alone(projector, bf16, tmp_path):
     model, processor = make_pair(projector)
     rows, before, random_state = make_rows(), weights(model), torch.get_rng_state()
     entries = []
@@ -80,6 +80,7 @@ def test_learns_the_words_of_a_few_clips_and_changes_the_projector_alone(project
         learning_rate=1e-2,
         held_out_rows=rows,
         eval_steps=75,
+        bf16=bf16,
         log=entries.append,
     )
     assert entries == read_log(tmp_path)

@@ -54,6 +54,7 @@ def align(
     save_steps: int = 500,
     logging_steps: int = 10,
     feature_cache: Any = None,
+    bf16: bool = False,
     num_workers: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -78,6 +79,7 @@ def align(
         eval_steps, save_steps, logging_steps (`int`, *optional*): Steps from one evaluation, checkpoint or log entry
             to the next. The last step is always followed by all three.
         feature_cache ([`FeatureCache`], *optional*): The encoder's output for all rows; without it the encoder runs.
+        bf16 (`bool`, *optional*, defaults to `False`): Whether the projector computes in mixed precision.
         num_workers (`int`, *optional*, defaults to 0): Processes that read audio, or cached features.
         seed (`int`, *optional*, defaults to 0): Seed of the order of the rows and of dropout.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to train.
@@ -109,6 +111,7 @@ def align(
         "clips_per_step": clips_per_step,
         "learning_rate": learning_rate,
         "seed": seed,
+        "bf16": bf16,
         "transcripts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         **projector_settings,
         "window_size": model.config.window_size,
@@ -117,7 +120,7 @@ def align(
     claim_folder(folder, "settings.json", settings)
 
     with torch.random.fork_rng():  # what is trained next draws the same numbers with and without a warm-up
-        aligner = Aligner(model, vocabulary, with_encoder=feature_cache is None).to(device)
+        aligner = Aligner(model, vocabulary, feature_cache is None, bf16).to(device)
         trained = {name: parameter for name, parameter in aligner.named_parameters() if parameter.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
         scheduler = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)

@@ -94,10 +94,12 @@ class Aligner(nn.Module):
         model ([`LsmForConditionalGeneration`]): Gives the weights. Under ZeRO-3 they are gathered here.
         vocabulary (`list[int]`): Token ids of the labels, in their order, that of the blank first.
         with_encoder (`bool`): Whether the encoder is needed.
+        bf16 (`bool`): Whether the projector computes in mixed precision. Distances and CTC never do.
     """
 
-    def __init__(self, model: LsmForConditionalGeneration, vocabulary: list[int], with_encoder: bool):
+    def __init__(self, model: LsmForConditionalGeneration, vocabulary: list[int], with_encoder: bool, bf16: bool):
         super().__init__()
+        self.bf16 = bf16
         parts = model.model
         # Copies, as ZeRO-3 spreads the model's own weights over the processes, and half precision is too coarse here.
         self.projector = type(parts.projector)(model.config).float()
@@ -131,8 +133,9 @@ class Aligner(nn.Module):
             features = batch["input_features"].to(self.encoder.conv1.weight.dtype)
             with torch.no_grad():
                 hidden_states = self.encoder(features, input_features_mask=mask).last_hidden_state.float()
-        packed = self.projector(hidden_states, batch["frames"])
-        return pad_sequence(packed.split(batch["num_vectors"].tolist()), batch_first=True)
+        with torch.autocast(hidden_states.device.type, torch.bfloat16, enabled=self.bf16):
+            packed = self.projector(hidden_states, batch["frames"])
+        return pad_sequence(packed.float().split(batch["num_vectors"].tolist()), batch_first=True)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """CTC's negative log-likelihood per label, averaged over the clips, and what pulls vectors to embeddings."""
