@@ -19,8 +19,10 @@ from demo.fetch_models import fetch_speech_model
 from experiments.tiny import speak
 from experiments.tiny.speak import make_clip, plan_clips, speak_split
 from experiments.tiny.voices import KOKORO_LENGTH_STEP, KOKORO_VOICES_FILE, VOICES, KokoroVoice, load_voice
-from experiments.tiny.wordnet import as_sentence, read_examples
+from experiments.tiny.wordnet import as_saying, as_sentence, read_definitions, read_examples
 from experiments.tiny.write_sentences import (
+    DEFINITIONS_FILE,
+    FOR_TRAINING,
     SIZES,
     SPLITS,
     WORDNET_FILE,
@@ -83,22 +85,60 @@ def test_rare_words_are_left_out():
     assert sentence_of("the protoplasms were flocculated", tokens=3) is None
 
 
-def test_examples_are_read_out_of_the_glosses(tmp_path):
-    for part_of_speech in ("noun", "verb", "adj", "adv"):
-        (tmp_path / f"data.{part_of_speech}").write_text('  1 This software "is provided"\n')
-    (tmp_path / "data.verb").write_text(
-        '  1 licence\n00001740 29 v 01 breathe 0 | draw air; "I breathe"; "Breathe!"  \n'
-    )
-    assert read_examples(tmp_path) == [("verb", "I breathe"), ("verb", "Breathe!")]
+@pytest.fixture
+def wordnet_dir(tmp_path):
+    """WordNet's files with a licence at the head of each, and four entries in two of them."""
+    entries = {
+        "noun": [
+            "00001740 03 n 01 New_York 0 000 | a city in the state of that name",
+            "00001741 03 n 02 living_thing 0 ebb 0 001 @ 00001740 n 0000 | a (rather) gradual  decline; less and less",
+        ],
+        "verb": ['00001740 29 v 01 breathe 0 | draw air; "I breathe"; "Breathe!"  '],
+        "adj": ["00001740 00 a 0a " + "able(p) 0 " * 10 + "| having skill: much of it"],
+        "adv": [],
+    }
+    for part_of_speech, lines in entries.items():
+        (tmp_path / f"data.{part_of_speech}").write_text("\n".join(['  1 This software "is | provided"', *lines]))
+    return tmp_path
 
 
-def test_the_file_of_wordnet_sentences_keeps_the_rules():
-    sentences = WORDNET_FILE.read_text(encoding="utf-8").splitlines()
-    assert len(sentences) > 16_000
+def test_examples_are_read_out_of_the_glosses(wordnet_dir):
+    assert read_examples(wordnet_dir) == [("verb", "I breathe"), ("verb", "Breathe!")]
+
+
+def test_definitions_are_read_out_of_the_glosses(wordnet_dir):
+    assert read_definitions(wordnet_dir) == [
+        ("ebb", "a gradual decline"),
+        ("breathe", "draw air"),
+        ("able", "having skill"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "definition, saying",
+    [
+        ("a gradual decline", "A gradual decline, or ebb."),
+        ("decline", None),  # too short
+        ("to decline " * 6, None),
+        ("a decline in 1984", None),
+        ("a decline of the IBM company", None),
+        ("a decline of (some) kind", None),
+        ("", None),
+    ],
+)
+def test_definitions_become_something_to_say(definition, saying):
+    assert as_saying("ebb", definition, lambda word: 1) == saying
+    assert as_saying("ebb", definition, lambda word: 3) is None  # nobody knows these words
+
+
+@pytest.mark.parametrize("file, count, words", [(WORDNET_FILE, 16_000, 10_000), (DEFINITIONS_FILE, 25_000, 25_000)])
+def test_the_files_of_wordnet_sentences_keep_the_rules(file, count, words):
+    sentences = file.read_text(encoding="utf-8").splitlines()
+    assert len(sentences) > count
     assert len({sentence.lower() for sentence in sentences}) == len(sentences)
     pattern = re.compile(r"[A-Z][A-Za-z' ,-]+[.?!]")
     assert [sentence for sentence in sentences if not pattern.fullmatch(sentence)] == []
-    assert len({word for sentence in sentences for word in re.findall(r"[a-z']+", sentence.lower())}) > 10_000
+    assert len({word for sentence in sentences for word in re.findall(r"[a-z']+", sentence.lower())}) > words
 
 
 # Templates
@@ -149,10 +189,11 @@ def test_parts_have_their_size_and_share_no_sentence(size):
     assert {split: len(sentences) for split, sentences in chosen.items()} == SIZES[size]
     heard = [" ".join(re.findall(r"[a-z']+", s.text.lower())) for split in SPLITS for s in chosen[split]]
     assert len(set(heard)) == len(heard)
-    for sentences in chosen.values():
+    for split, sentences in chosen.items():
         sources = Counter(sentence.source for sentence in sentences)
-        assert set(sources) == {"wordnet", "question", "command"}
-        assert sources["wordnet"] > len(sentences) / 2
+        only_to_hear = {"definition"} if split == "words" else set()
+        assert set(sources) == {"wordnet", "question", "command"} | only_to_hear
+        assert sources["wordnet"] + sources["definition"] > len(sentences) / 2
 
 
 def test_smaller_sizes_are_parts_of_larger_ones():
@@ -178,7 +219,7 @@ def test_sentences_are_repeatable_and_change_with_the_seed(tmp_path):
         )
         assert first == again != other
         rows = read_rows(tmp_path / "other" / f"sentences-{split}.jsonl")
-        assert all(split_of(row["text"]) == ("train" if split == "warm_up" else split) for row in rows)
+        assert all(split_of(row["text"]) == ("train" if split in FOR_TRAINING else split) for row in rows)
 
 
 def test_a_size_that_is_not_known_is_refused():
@@ -190,7 +231,7 @@ def test_a_size_that_is_not_known_is_refused():
 
 
 def test_no_voice_is_heard_in_training_and_held_out():
-    assert set(VOICES["warm_up"]) < set(VOICES["train"])
+    assert set(VOICES["warm_up"]) | set(VOICES["words"]) < set(VOICES["train"])
     for one, other in itertools.combinations(("train", "validation", "test"), 2):
         assert not set(VOICES[one]) & set(VOICES[other])
     assert len(VOICES["train"]) >= 3
@@ -327,6 +368,7 @@ def test_the_whole_experiment_with_a_tiny_llm(tmp_path):
     assert results["figures"]["real"]["transcription"]["wer"].keys() == systems
     assert systems < results["bias"]["collapse"].keys()
     assert {name: arm["steps"] for name, arm in results["training"].items()} == {"self_powered": 20, "vanilla": 20}
+    assert results["warm_up"]["step"] == 20
     report = (run / "results" / "README.md").read_text()
     for plot in re.findall(r"\]\((.+\.png)\)", report):
         assert (run / "results" / plot).read_bytes().startswith(b"\x89PNG")

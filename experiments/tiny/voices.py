@@ -44,6 +44,7 @@ VOICES = {
         ),
     },
     "warm_up": {"joe": 0.5, "pico-us": 0.5},
+    "words": {"joe": 0.1, "pico-us": 0.9},
     "validation": dict.fromkeys(
         ["kokoro-af_sarah", "kokoro-am_fenrir", "kokoro-bf_isabella", "kokoro-bm_fable"], 0.25
     ),

@@ -1,11 +1,13 @@
-"""How `sentences/wordnet.txt` was made: `python -m experiments.tiny.wordnet --wordnet /usr/share/wordnet`.
+"""How two files of `sentences/` were made: `python -m experiments.tiny.wordnet --wordnet /usr/share/wordnet`.
 
-Only needed to change what is taken; the file is part of the repository. WordNet 3.0's database files are those of
+Only needed to change what is taken; the files are part of the repository. WordNet 3.0's database files are those of
 Debian's package `wordnet-base`. Glosses carry examples in quotes, of which some are sentences ("he worked at home")
-and more are not ("a lousy play"); the rules here keep what is surely a sentence, and lose many that are.
+and more are not ("a lousy play"); the rules here keep what is surely a sentence, and lose many that are. Definitions
+("a gradual decline") become something to say with the word that they define ("A gradual decline, or ebb.").
 """
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from demo.fetch_models import fetch_text_model
-from experiments.tiny.write_sentences import WORDNET_FILE
+from experiments.tiny.write_sentences import DEFINITIONS_FILE, WORDNET_FILE
 
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
@@ -21,6 +23,7 @@ MIN_WORDS, MAX_WORDS = 3, 20
 MIN_CHARACTERS, MAX_CHARACTERS = 16, 100
 # A word that the tokenizer cuts into more pieces is one that few people say, and that voices read wrongly.
 MAX_TOKENS_PER_WORD = 2
+MIN_DEFINITION_WORDS, MAX_DEFINITION_WORDS = 2, 11
 
 SUBJECTS = r"(?:I|he|she|it|we|you|they|there|that|here|what|who)"
 BEGINS_WITH_SUBJECT = re.compile(rf"{SUBJECTS}('(?:s|m|re|ll|d|ve))? ", re.IGNORECASE)
@@ -50,16 +53,39 @@ UNWANTED = re.compile(
 )
 
 
-def read_examples(wordnet_dir: Path) -> list[tuple[str, str]]:
-    """The examples in WordNet's glosses, as pairs of part of speech and text."""
-    examples = []
+def read_synsets(wordnet_dir: Path) -> list[tuple[str, list[str], str]]:
+    """All sets of synonyms, as part of speech, the words and their gloss."""
+    synsets = []
     for part_of_speech in PARTS_OF_SPEECH:
         # Lines of the licence, at the head of each file, begin with spaces.
         for line in (wordnet_dir / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():
             if not line.startswith(" "):
-                gloss = line.split("|", 1)[1]
-                examples += [(part_of_speech, text.strip()) for text in re.findall(r'"([^"]+)"', gloss)]
-    return examples
+                head, gloss = line.split("|", 1)
+                fields = head.split()
+                num_words = int(fields[3], 16)  # the format of wndb(5WN): words and numbers take turns
+                synsets.append((part_of_speech, fields[4 : 4 + 2 * num_words : 2], gloss))
+    return synsets
+
+
+def read_examples(wordnet_dir: Path) -> list[tuple[str, str]]:
+    """The examples in WordNet's glosses, as pairs of part of speech and text."""
+    return [
+        (part_of_speech, text.strip())
+        for part_of_speech, _, gloss in read_synsets(wordnet_dir)
+        for text in re.findall(r'"([^"]+)"', gloss)
+    ]
+
+
+def read_definitions(wordnet_dir: Path) -> list[tuple[str, str]]:
+    """One word of each set of synonyms, if there is one in small letters, and how its gloss begins: its definition."""
+    definitions = []
+    for _, words, gloss in read_synsets(wordnet_dir):
+        words = [re.sub(r"\(.*", "", word) for word in words]  # adjectives say in brackets where they may stand
+        word = next((word for word in words if re.fullmatch("[a-z]{3,}", word)), None)
+        if word is not None:
+            definition = re.split('[;:"]', re.sub(r"\([^)]*\)", "", gloss))[0]
+            definitions.append((word, " ".join(definition.split()).rstrip(",")))
+    return definitions
 
 
 def as_sentence(part_of_speech: str, text: str, count_tokens: Callable[[str], int]) -> str | None:
@@ -77,17 +103,37 @@ def as_sentence(part_of_speech: str, text: str, count_tokens: Callable[[str], in
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS or not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
         return None
-    # Letters and plain punctuation: no digits, abbreviations with dots, quotations or asides.
-    if not re.fullmatch(r"[A-Za-z]+(?:(?:, |'|-| )[A-Za-z]+)*[.?!]?", text) or re.search(
-        r"[A-Z]{2}|\b[B-HJ-Z]\b", text
-    ):
-        return None
-    if UNWANTED.search(text) or not _is_sentence(part_of_speech, text):
-        return None
-    if any(count_tokens(word) > MAX_TOKENS_PER_WORD for word in re.findall(r"[A-Za-z']+", text)):
+    if not _is_plain(text, count_tokens) or not _is_sentence(part_of_speech, text):
         return None
     text = re.sub(r"\bi\b", "I", text)
     return text[0].upper() + text[1:] + ("" if text[-1] in ".?!" else ".")
+
+
+def as_saying(word: str, definition: str, count_tokens: Callable[[str], int]) -> str | None:
+    """Make something to say of a word and its definition.
+
+    Args:
+        word: `"ebb"`.
+        definition: `"a gradual decline"`.
+        count_tokens: How many tokens a word has.
+
+    Returns:
+        `"A gradual decline, or ebb."`, or None where not everybody could say it, or not any voice would read it right.
+    """
+    if not MIN_DEFINITION_WORDS <= len(definition.split()) <= MAX_DEFINITION_WORDS:
+        return None
+    text = f"{definition[0].upper()}{definition[1:]}, or {word}."
+    return text if len(text) <= MAX_CHARACTERS and _is_plain(text, count_tokens) else None
+
+
+def _is_plain(text: str, count_tokens: Callable[[str], int]) -> bool:
+    """Letters and plain punctuation: no digits, abbreviations with dots, quotations or asides; and no rare words."""
+    if not re.fullmatch(r"[A-Za-z]+(?:(?:, |'|-| )[A-Za-z]+)*[.?!]?", text) or re.search(
+        r"[A-Z]{2}|\b[B-HJ-Z]\b", text
+    ):
+        return False
+    words = re.findall(r"[A-Za-z']+", text)
+    return not UNWANTED.search(text) and all(count_tokens(word) <= MAX_TOKENS_PER_WORD for word in words)
 
 
 def _is_sentence(part_of_speech: str, text: str) -> bool:
@@ -107,16 +153,27 @@ def _is_sentence(part_of_speech: str, text: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun, data.verb, ...")
-    parser.add_argument("--output", type=Path, default=WORDNET_FILE, help="text file to write, a sentence a line")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(fetch_text_model())
+
+    @functools.cache
+    def count_tokens(word: str) -> int:
+        return len(tokenizer.tokenize(f" {word.lower()}"))
+
     sentences = {}
     for part_of_speech, text in read_examples(args.wordnet):
-        sentence = as_sentence(part_of_speech, text, lambda word: len(tokenizer.tokenize(f" {word.lower()}")))
+        sentence = as_sentence(part_of_speech, text, count_tokens)
         if sentence:
             sentences.setdefault(sentence.lower().rstrip(".?!"), sentence)
-    args.output.write_text("".join(f"{sentence}\n" for sentence in sorted(sentences.values())), encoding="utf-8")
+    WORDNET_FILE.write_text("".join(f"{text}\n" for text in sorted(sentences.values())), encoding="utf-8")
+
+    sayings = {}  # one for each word, as many words matter more than all that one can mean
+    for word, definition in read_definitions(args.wordnet):
+        saying = as_saying(word, definition, count_tokens)
+        if saying:
+            sayings.setdefault(word, saying)
+    DEFINITIONS_FILE.write_text("".join(f"{text}\n" for text in sorted(sayings.values())), encoding="utf-8")
 
 
 if __name__ == "__main__":
