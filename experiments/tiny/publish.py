@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from safetensors.torch import load_file, save_file
 
 from experiments.tiny.write_sentences import SPLITS
 
@@ -112,10 +113,11 @@ def report(results: dict[str, Any], scale: str) -> list[str]:
     return [
         f"# Results of `make experiment SCALE={scale}`",
         "",
-        f"{data['train']:,} clips to train on and {data['warm_up']:,} more for the warm-up, {accepted:,} targets; "
-        f"{results['warm_up']['step']:,} steps of warm-up, then {training['vanilla']['steps']:,} of training for each "
-        "way, from the same warm-up on the same clips. Measured on "
-        f"{data['test']:,} sentences and voices that no training heard. In brackets: 95 % bootstrap intervals.",
+        f"{data['train']:,} clips to train on and {data['warm_up'] + data['words']:,} more for the warm-up, "
+        f"{accepted:,} targets; {results['warm_up']['step']:,} steps of warm-up, then "
+        f"{training['vanilla']['steps']:,} of training for each way, from the same warm-up on the same clips. "
+        f"Measured on {data['test']:,} sentences and voices that no training heard. In brackets: 95 % bootstrap "
+        "intervals.",
         "",
         *table(results),
         "",
@@ -157,11 +159,14 @@ def plot_curves(run: Path, path: Path) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """The slim checkpoint without code, and without where the base models were on this machine."""
+    """The slim checkpoint in half precision, without code, and without where the base models were on this machine."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix in (".json", ".safetensors") and file.name not in ("run.json", "trainer_state.json"):
+    for file in source.glob("*.json"):
+        if file.name not in ("run.json", "trainer_state.json"):
             shutil.copyfile(file, target / file.name)
+    # The model still computes in the dtype that its config says; a repository should not hold more than it has to.
+    weights = {name: weight.half() for name, weight in load_file(source / "model.safetensors").items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(source / "chat_template.jinja", target / "chat_template.jinja")
     config = read_json(target / "config.json")
     for base in config["base_models"].values():
