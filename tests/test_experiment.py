@@ -377,8 +377,8 @@ def test_the_whole_experiment_with_a_tiny_llm(tmp_path):
         run / "results" / "checkpoint", base_folders={"speech": fetch_speech_model(), "text": tmp_path / "llm"}
     )
     trained = LsmForConditionalGeneration.from_pretrained(run / "self_powered")
-    for (name, weight), other in zip(model.named_parameters(), trained.parameters(), strict=True):
-        assert torch.equal(weight, other), name
+    for weight, other in zip(model.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)  # published in half precision
 
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0 and "Nothing to be done" in again.stdout
