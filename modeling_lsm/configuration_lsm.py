@@ -108,7 +108,7 @@ class LsmConfig(PreTrainedConfig):
             encoder attend to that silence, as Whisper itself does.
         projector_type (`str`, *optional*, defaults to `"qformer"`):
             A key of `modeling_lsm.PROJECTORS`: `"qformer"` (window-level Q-Former), `"mlp"` (frames of a window
-            stacked), `"transformer"` (stacked, with attention over the whole clip) or `"conv"` (strided
+            stacked), `"transformer"` (stacked, with attention over up to 30 s) or `"conv"` (strided
             convolutions).
         projector_hidden_size (`int`, *optional*, defaults to 768):
             Width of the projector.

@@ -150,11 +150,15 @@ class LsmTransformerProjector(nn.Module):
         super().__init__()
         require_one_query(config)
         self.config = config
-        width = config.projector_hidden_size
+        width, heads = config.projector_hidden_size, config.projector_num_attention_heads
+        if width % heads:
+            raise ValueError(
+                f"`projector_hidden_size` is {width}, which {heads} attention heads cannot share evenly. Choose a "
+                f"width that is a multiple of {heads}, or another `projector_num_attention_heads`."
+            )
         self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
         self.input = nn.Linear(config.window_size * config.audio_config.d_model, width)
         # Relative positions come from a convolution, as in wav2vec 2.0 (https://huggingface.co/papers/2006.11477).
-        heads = config.projector_num_attention_heads
         self.position = nn.Conv1d(width, width, kernel_size=5, padding=2, groups=heads)
         self.layer_config = WhisperConfig(
             d_model=width,

@@ -537,6 +537,10 @@ class TestRefusals:
             ),
             ({"projector_type": "conv"}, "power of two, got 17. Use 8 or 16"),
             ({"projector_type": "conv", "window_size": 1}, "power of two, got 1"),
+            (
+                {"projector_type": "transformer", "projector_hidden_size": 32, "projector_num_attention_heads": 12},
+                "`projector_hidden_size` is 32, which 12 attention heads cannot share evenly.*a multiple of 12",
+            ),
             ({"projector_type": "mlp", "num_queries": 2}, "`num_queries` is 2, but the mlp projector .*num_queries=1"),
             ({"projector_type": "conv", "window_size": 16, "num_queries": 3}, "`num_queries` is 3, but the conv"),
         ],
