@@ -130,7 +130,6 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
             learning_rate=script_args.align_learning_rate,
             held_out_rows=held_out and one_row_per_clip(held_out),
             feature_cache=feature_cache,
-            spec_augment=script_args.align_spec or None,
             bf16=training_args.bf16,
             num_workers=training_args.dataloader_num_workers,
             seed=training_args.seed,

@@ -166,6 +166,7 @@ class LsmTransformerProjector(nn.Module):
             encoder_ffn_dim=4 * width,
             dropout=config.projector_dropout,
             attention_dropout=config.projector_dropout,
+            activation_dropout=config.projector_dropout,
             attn_implementation="sdpa",
         )
         self.layers = nn.ModuleList(WhisperEncoderLayer(self.layer_config) for _ in range(config.projector_num_layers))

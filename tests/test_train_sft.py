@@ -66,8 +66,6 @@ def train(tiny_checkpoint, data, tmp_path):
         (["--augment_speed", "9"], "`speed` is"),
         (["--augment_speed", "0.9", "--feature_cache", "cache"], "--feature_cache holds the output for unchanged"),
         (["--answer_wer", "True"], "--answer_wer needs --answer_steps"),
-        (["--align_steps", "3", "--align_spec", "20"], r"--align_spec is \[20\]; expected two widths, in frames and"),
-        (["--align_steps", "3", "--align_spec", "20", "-1"], r"--align_spec is \[20, -1\]; expected two widths"),
         (["--train", "llm", "--align_steps", "3"], r"--align_steps trains the projector, but --train is \['llm'\]"),
         (["--packing", "True"], "Rows with audio cannot be packed"),
     ],

@@ -54,7 +54,6 @@ def align(
     save_steps: int = 500,
     logging_steps: int = 10,
     feature_cache: Any = None,
-    spec_augment: tuple[int, int] | None = None,
     bf16: bool = False,
     num_workers: int = 0,
     seed: int = 0,
@@ -80,11 +79,9 @@ def align(
         eval_steps, save_steps, logging_steps (`int`, *optional*): Steps from one evaluation, checkpoint or log entry
             to the next. The last step is always followed by all three.
         feature_cache ([`FeatureCache`], *optional*): The encoder's output for all rows; without it the encoder runs.
-        spec_augment (`tuple[int, int]`, *optional*): Widest mask over time, in frames of the encoder (20 ms), and over
-            its channels: two of each are drawn for every chunk of speech. By default there are none.
         bf16 (`bool`, *optional*, defaults to `False`): Whether the projector computes in mixed precision.
         num_workers (`int`, *optional*, defaults to 0): Processes that read audio, or cached features.
-        seed (`int`, *optional*, defaults to 0): Seed of the order of the rows, of dropout and masks.
+        seed (`int`, *optional*, defaults to 0): Seed of the order of the rows and of dropout.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to train.
         log (`Callable`, *optional*): Called with every entry of the log, on the first process.
 
@@ -114,7 +111,6 @@ def align(
         "clips_per_step": clips_per_step,
         "learning_rate": learning_rate,
         "seed": seed,
-        "spec_augment": spec_augment,
         "bf16": bf16,
         "transcripts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         **projector_settings,
@@ -124,7 +120,7 @@ def align(
     claim_folder(folder, "settings.json", settings)
 
     with torch.random.fork_rng():  # what is trained next draws the same numbers with and without a warm-up
-        aligner = Aligner(model, vocabulary, feature_cache is None, bf16, spec_augment).to(device)
+        aligner = Aligner(model, vocabulary, feature_cache is None, bf16).to(device)
         trained = {name: parameter for name, parameter in aligner.named_parameters() if parameter.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
         scheduler = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
@@ -140,7 +136,7 @@ def align(
         losses, started = [], time.perf_counter()
         progress = tqdm(loader, desc="Aligning", initial=start, total=steps, unit="step", disable=rank != 0)
         for step, batch in enumerate(progress, start=start + 1):
-            torch.manual_seed(seed + step * world_size + rank)  # dropout and masks, the same after a resume
+            torch.manual_seed(seed + step * world_size + rank)  # dropout, the same after a resume
             optimizer.zero_grad()
             loss = aligner.loss({key: value.to(device) for key, value in batch.items()})
             loss.backward()

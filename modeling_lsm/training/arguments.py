@@ -56,10 +56,6 @@ class ScriptArguments:
     )
     align_batch_size: int = field(default=32, metadata={"help": "Clips per step of the warm-up."})
     align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm-up."})
-    align_spec: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Masks over the encoder's output in the warm-up: widest in frames, widest in channels."},
-    )
 
     max_batch_tokens: int | None = field(
         default=None, metadata={"help": "Fill batches up to so many tokens instead of a fixed number of rows."}
@@ -139,11 +135,6 @@ def check_arguments(script_args: ScriptArguments, training_args: SFTConfig, mode
         raise ValueError("--answer_wer needs --answer_steps: how often to answer.")
     if script_args.align_steps > 0 and "projector" not in script_args.train:
         raise ValueError(f"--align_steps trains the projector, but --train is {script_args.train}. Add projector.")
-    if script_args.align_spec and (len(script_args.align_spec) != 2 or min(script_args.align_spec) < 0):
-        raise ValueError(
-            f"--align_spec is {script_args.align_spec}; expected two widths, in frames and in channels of the "
-            "encoder, like 20 64."
-        )
     if script_args.answer_steps > 0 and script_args.held_out is None:
         raise ValueError("--answer_steps needs rows to answer. Name them with --held_out.")
     if training_args.eval_strategy.value != "no" and script_args.held_out is None:

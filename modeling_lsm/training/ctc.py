@@ -29,7 +29,6 @@ PULL = 0.3  # weight of the distance to what is recognized, beside CTC's loss
 # So many of the labels that a batch does not have stand for all of these. With 9,000 labels a step takes half as long,
 # and 120 of them end at a word error rate of 0.42 instead of 0.40.
 NUM_OTHER_LABELS = 1500
-NUM_MASKS = 2  # over time, and as many over channels
 
 
 class EmbeddingCtcHead(nn.Module):
@@ -96,20 +95,11 @@ class Aligner(nn.Module):
         vocabulary (`list[int]`): Token ids of the labels, in their order, that of the blank first.
         with_encoder (`bool`): Whether the encoder is needed.
         bf16 (`bool`): Whether the projector computes in mixed precision. Distances and CTC never do.
-        spec_augment (`tuple[int, int]`, *optional*): Widest mask over time, in frames of the encoder, and over its
-            channels, in training ([Park et al., 2019](https://huggingface.co/papers/1904.08779)).
     """
 
-    def __init__(
-        self,
-        model: LsmForConditionalGeneration,
-        vocabulary: list[int],
-        with_encoder: bool,
-        bf16: bool,
-        spec_augment: tuple[int, int] | None = None,
-    ):
+    def __init__(self, model: LsmForConditionalGeneration, vocabulary: list[int], with_encoder: bool, bf16: bool):
         super().__init__()
-        self.bf16, self.spec_augment = bf16, spec_augment
+        self.bf16 = bf16
         parts = model.model
         # Copies, as ZeRO-3 spreads the model's own weights over the processes, and half precision is too coarse here.
         self.projector = type(parts.projector)(model.config).float()
@@ -143,11 +133,6 @@ class Aligner(nn.Module):
             features = batch["input_features"].to(self.encoder.conv1.weight.dtype)
             with torch.no_grad():
                 hidden_states = self.encoder(features, input_features_mask=mask).last_hidden_state.float()
-        if self.training and self.spec_augment:
-            from torchaudio.functional import mask_along_axis_iid  # torchaudio is an extra
-
-            for axis, width in enumerate(NUM_MASKS * self.spec_augment):
-                hidden_states = mask_along_axis_iid(hidden_states, width, mask_value=0.0, axis=1 + axis % 2)
         with torch.autocast(hidden_states.device.type, torch.bfloat16, enabled=self.bf16):
             packed = self.projector(hidden_states, batch["frames"])
         return pad_sequence(packed.float().split(batch["num_vectors"].tolist()), batch_first=True)
