@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from .bias import UNTRAINED
+from .bias import READER_SUFFIX, UNTRAINED
 
 
 SYSTEMS = ("lsm", "cascade", "text")
@@ -103,10 +103,10 @@ def check_arguments(args: EvalArguments) -> None:
                 f"--systems has {system!r}; expected {', '.join(SYSTEMS)}, or NAME=checkpoint for another LSM."
             )
         name, is_checkpoint, _ = system.partition("=")
-        if is_checkpoint and (name in (*SYSTEMS, UNTRAINED) or name.endswith("-text")):
+        if is_checkpoint and (name in (*SYSTEMS, UNTRAINED) or name.endswith(READER_SUFFIX)):
             raise ValueError(
                 f"A system cannot be called {name!r}, as {system!r} in --systems has it: {', '.join(SYSTEMS)}, "
-                f"{UNTRAINED} and names in -text have a meaning of their own. Give it another name."
+                f"{UNTRAINED} and names in {READER_SUFFIX} have a meaning of their own. Give it another name."
             )
     names = [system.partition("=")[0] for system in args.systems]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:

@@ -28,6 +28,7 @@ from .statistics import bootstrap, compare
 
 
 UNTRAINED = "untrained"
+READER_SUFFIX = "-text"  # of the LLM of a system, reading transcripts
 OUTCOMES = ("written", "spoken", "both", "neither")
 # Figures of `score_bias`: what a person calls them, and whether they grow as the bias shrinks (None: neither).
 FIGURES: dict[str, tuple[str, bool | None]] = {
@@ -258,4 +259,4 @@ def count_readings(rows: dict[str, dict[str, Any]]) -> np.ndarray:
     return np.array([(holds(row), 1) for row in rows.values() if row["task"] == "reading"], float).reshape(-1, 2)
 
 
-__all__ = ["FIGURES", "OUTCOMES", "UNTRAINED", "score_bias"]
+__all__ = ["FIGURES", "OUTCOMES", "READER_SUFFIX", "UNTRAINED", "score_bias"]

@@ -1,6 +1,5 @@
-"""The bias in tables, plots and examples: `bias_report.md` and its PNGs."""
+"""The bias in tables, plots (`bias_plots.py`) and examples: `bias_report.md` and its PNGs."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,12 @@ from ..augmentation.report import cell
 from ..files import write_atomically
 from .attention import PARTS
 from .bias import FIGURES, OUTCOMES
+from .bias_plots import plot_attention, plot_divergence, plot_heads, plot_thresholds
 
 
 LISTED = 5  # requests that are named
 LISTED_CLIPS = 50  # clips that could not be read
 EXAMPLES = 3  # clips, and requests, whose answers are shown
-COLOURS = dict(zip(PARTS, ("tab:blue", "tab:orange", "tab:gray", "tab:green"), strict=True))
-STYLES = ("-", "--", ":", "-.")
 Figure = dict[str, Any]
 
 
@@ -140,7 +138,7 @@ def attention_section(folder: Path, results: dict[str, Any]) -> list[str]:
         "![Attention of all systems](bias_attention.png)",
     ]
     for system, figures in attention.items():
-        write_atomically(folder / f"bias_attention_{system}.png", plot_attention({system: figures}, groups=True))
+        write_atomically(folder / f"bias_attention_{system}.png", plot_heads(figures))
         lines += ["", f"![Attention of {system}](bias_attention_{system}.png)"]
     return lines
 
@@ -209,81 +207,6 @@ def examples(answers: dict[str, Any]) -> list[str]:
             )
             lines.append("")
     return lines[:-1]
-
-
-def to_png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def make_figure(rows: int = 1) -> Any:
-    """A figure of matplotlib, drawn without a screen."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7, 4 * rows), layout="constrained")
-
-
-def plot_thresholds(results: dict[str, Any]) -> bytes:
-    figure = make_figure()
-    axes = figure.subplots()
-    for system, rates in results["thresholds"].items():
-        limits = [float(limit) for limit in rates]
-        value, low, high = (
-            [float("nan") if rate[key] is None else rate[key] for rate in rates.values()]
-            for key in ("value", "low", "high")
-        )
-        axes.plot(limits, value, marker=".", label=system)
-        axes.fill_between(limits, low, high, alpha=0.2)
-    axes.axvline(results["settings"]["transcript_threshold"], color="gray", linestyle=":")
-    axes.set(xlabel="highest word error rate of a transcript", ylabel="collapse rate", ylim=(-0.02, 1.02))
-    axes.legend()
-    return to_png(figure)
-
-
-def plot_attention(attention: dict[str, Any], groups: bool = False) -> bytes:
-    """Shares by layer, with bounds; below, if `groups`, the instruction's share of what it and the speech get."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = make_figure(2 if groups else 1)
-    panels = figure.subplots(2 if groups else 1, squeeze=False)[:, 0]
-    for index, (system, figures) in enumerate(attention.items()):
-        by_layer = figures["by_layer"]
-        layers = range(1, len(by_layer["value"]) + 1)
-        for at, part in enumerate(PARTS):
-            value, low, high = ([of_layer[at] for of_layer in by_layer[key]] for key in ("value", "low", "high"))
-            style = STYLES[index % len(STYLES)]
-            label = f"{system}: {part}" if len(attention) > 1 else part
-            panels[0].plot(layers, value, style, color=COLOURS[part], marker=".", label=label)
-            panels[0].fill_between(layers, low, high, color=COLOURS[part], alpha=0.15)
-    panels[0].set(xlabel="layer", ylabel="share of attention", ylim=(-0.02, 1.02))
-    panels[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if groups:
-        shares = next(iter(attention.values()))["by_group"]["value"]
-        ratios = [[group[0] / ((group[0] + group[1]) or 1) for group in layer] for layer in shares]
-        image = panels[1].imshow(list(zip(*ratios, strict=True)), aspect="auto", vmin=0, vmax=1, origin="lower")
-        size = (0.5, len(ratios) + 0.5, 0.5, len(ratios[0]) + 0.5)
-        image.set_extent(size)
-        panels[1].set(xlabel="layer", ylabel="group of heads", title="instruction ÷ (instruction + speech)")
-        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        panels[1].yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, ax=panels[1])
-    return to_png(figure)
-
-
-def plot_divergence(divergence: dict[str, Any]) -> bytes:
-    figure = make_figure()
-    axes = figure.subplots()
-    for system, figures in divergence.items():
-        lines = figures["by_position"]
-        begin = [line["from"] for line in lines]
-        axes.plot(begin, [line["value"] for line in lines], marker=".", label=system)
-        axes.fill_between(begin, [line["low"] for line in lines], [line["high"] for line in lines], alpha=0.2)
-    axes.set(xlabel="token of the target", ylabel="KL(reading ‖ hearing), nats", xscale="log")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    return to_png(figure)
 
 
 __all__ = ["write_bias_report"]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..files import write_atomically
 from .attention import INSTRUCTION, PARTS, SPEECH, measure_attention
-from .bias import UNTRAINED, score_bias
+from .bias import READER_SUFFIX, UNTRAINED, score_bias
 from .bias_questions import SETTINGS
 from .bias_report import write_bias_report
 from .divergence import measure_divergence
@@ -40,7 +40,7 @@ def add_readers(systems: dict[str, Any]) -> dict[str, str]:
     readers = {}
     for name, system in list(systems.items()):
         same = [n for n, s in systems.items() if not s.needs_audio and s.model is system.model]
-        readers[name] = same[0] if same else "text" if "text" not in systems else f"{name}-text"
+        readers[name] = same[0] if same else "text" if "text" not in systems else name + READER_SUFFIX
         if not same:
             systems[readers[name]] = TextSystem(system.model, system.processor, system.batch_size)
         readers[readers[name]] = readers[name]
