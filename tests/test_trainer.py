@@ -201,6 +201,7 @@ def test_goes_on_from_a_checkpoint(with_lora, slim, processor, rows, tmp_path):
     resumed = train(6, str(tmp_path / "out" / "checkpoint-3"))
     for name, parameter in whole.items():
         assert torch.equal(resumed[name], parameter), name
+    assert not (tmp_path / "out" / "README.md").exists()  # which says that training has ended
     saved = load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors")
     assert any("audio_tower" in name for name in saved) == (not slim)
     assert any("lora_A" in name for name in saved) == (slim and with_lora)

@@ -197,6 +197,9 @@ class LsmTrainer(SFTTrainer):
 
     # ---- checkpoints ----
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Does nothing: the card comes with the checkpoint. TRL's would be in the folder before there is one."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Saves a checkpoint that loads like any other, slim where that is possible. All processes must call it.
