@@ -58,7 +58,7 @@ bench: venv  ## Measure how fast encoding, augmenting, aligning, training and ev
 
 experiment: venv  ## Vanilla against self-powered training, from text to results (SCALE=smoke, small or full)
 	$(BIN)/python -m pip install -q -r experiments/tiny/requirements.txt
-	$(MAKE) -f experiments/tiny/Makefile PYTHON=$(BIN)/python $(if $(SCALE),SCALE=$(SCALE)) $(if $(OUTPUT_DIR),RUN=$(OUTPUT_DIR))
+	$(MAKE) -f experiments/tiny/Makefile PYTHON=$(BIN)/python $(if $(SCALE),SCALE=$(SCALE)) $(if $(OUTPUT_DIR),RUN=$(OUTPUT_DIR)/$(or $(SCALE),small))
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
