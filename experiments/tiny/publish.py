@@ -14,12 +14,16 @@ import matplotlib.pyplot as plt
 from safetensors.torch import load_file, save_file
 
 from experiments.tiny.write_sentences import SPLITS
+from modeling_lsm.evaluation.metrics import edit_counts, share
+from modeling_lsm.evaluation.predictions import read_predictions
+from modeling_lsm.evaluation.statistics import bootstrap
 
 
 ARMS = {"lsm": "self-powered", "vanilla": "vanilla"}
 FOLDERS = {"lsm": "self_powered", "vanilla": "vanilla"}
 SYSTEMS = {**ARMS, "cascade": "cascade", "text": "text (the ceiling)"}
-SETS = {"synthetic": "held-out synthetic voices", "real": "LibriVox"}
+SETS = {"synthetic": "held-out synthetic voices", "real": "real recordings"}
+SOURCES = {"wordnet": "WordNet's examples", "question": "questions", "command": "commands"}
 BIAS = {
     "collapse": "collapse rate ↓",
     "fit": "answers that fit their own instruction ↑",
@@ -39,8 +43,9 @@ def gather(run: Path) -> dict[str, Any]:
         run: The folder of the experiment.
 
     Returns:
-        `figures[set][task][metric][system]` and `bias[name][system]`, each with `value`, `low` and `high`; `warm_up`
-        and `training`, what they took and came to; `data`, the number of clips and targets; `versions`.
+        `figures[set][task][metric][system]`, `wer_by_source[source][system]`, `bias[name][system]` and
+        `attention[system]`, each with `value`, `low` and `high`; `warm_up` and `training`, what they took and came to;
+        `data`, the number of clips and targets; `versions`.
     """
     evaluated = {name: read_json(run / name / "results.json") for name in SETS}
     bias = read_json(run / "synthetic" / "bias.json")
@@ -52,18 +57,35 @@ def gather(run: Path) -> dict[str, Any]:
     return {
         "figures": {name: results["figures"] for name, results in evaluated.items()},
         "counts": {name: results["counts"] for name, results in evaluated.items()},
+        "wer_by_source": wer_by_source(run),
         "bias": bias["figures"],
         "gaps": bias["gaps"],
         "instructions": bias["instructions"],
         "forgetting": bias["forgetting"],
+        "attention": {system: figures["instruction_to_both"] for system, figures in bias["attention"].items()},
+        "divergence": {system: figures["in_all"] for system, figures in bias["divergence"].items()},
         "warm_up": read_lines(run / "warm" / "alignment" / "log.jsonl")[-1],
         "training": arms,
         "data": {
             **{part: len(read_lines(run / "speech" / part / "metadata.jsonl")) for part in SPLITS},
+            "bias": bias["settings"]["bias_rows"],
+            "measured": bias["settings"]["measured_rows"],
             "targets": read_json(run / "augmented" / "provenance.json")["counts"],
         },
         "versions": evaluated["synthetic"]["versions"],
     }
+
+
+def wer_by_source(run: Path) -> dict[str, dict[str, Figure]]:
+    """The word error rate by where a sentence is from: training hears the templates, with other fillings."""
+    source_of = {row["text"]: row["source"] for row in read_lines(run / "speech" / "test" / "metadata.jsonl")}
+    figures = {}
+    for system, (_, answers) in read_predictions(run / "synthetic" / "predictions").items():
+        for source in SOURCES:
+            rows = [r for r in answers.values() if r["task"] == "transcription" and source_of[r["text"]] == source]
+            counts = edit_counts([row["prediction"] for row in rows], [row["reference"] for row in rows])
+            figures.setdefault(source, {})[system] = bootstrap(counts, share)._asdict()
+    return figures
 
 
 def read_json(path: Path) -> Any:
@@ -89,11 +111,15 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {title} | {' | '.join(show(by_system.get(system)) for system in SYSTEMS)} |")
 
     for name, title in SETS.items():
-        add(f"WER, {title} ↓", results["figures"][name]["transcription"]["wer"])
+        rows = results["counts"][name]["transcription"]["lsm"]["rows"]
+        add(f"WER, {rows} clips of {title} ↓", results["figures"][name]["transcription"]["wer"])
+    for source, title in SOURCES.items():
+        add(f"WER, {title} of the synthetic clips ↓", results["wer_by_source"][source])
     add("instructions followed ↑", results["figures"]["synthetic"]["following"]["followed"])
     for name, title in BIAS.items():
         if name in results["bias"]:
             add(title, results["bias"][name])
+    add("attention of the answer: instruction ÷ (instruction + speech)", results["attention"])
     return lines
 
 
@@ -116,14 +142,17 @@ def report(results: dict[str, Any], scale: str) -> list[str]:
         f"{data['train']:,} clips to train on and {data['warm_up'] + data['words']:,} more for the warm-up, "
         f"{accepted:,} targets; {results['warm_up']['step']:,} steps of warm-up, then "
         f"{training['vanilla']['steps']:,} of training for each way, from the same warm-up on the same clips. "
-        f"Measured on {data['test']:,} sentences and voices that no training heard. In brackets: 95 % bootstrap "
-        "intervals.",
+        f"Measured on {data['test']:,} sentences that no training heard, in voices that none heard; the bias on the "
+        f"first {data['bias']} of them and the first {data['bias']} that are requests, attention and divergence on "
+        f"{data['measured']}. In brackets: 95 % bootstrap intervals.",
         "",
         *table(results),
         "",
         "The *text* system is the LLM before training, reading the transcript; the *cascade* is the Whisper that the "
-        "encoder is from, then that LLM. What the figures mean: `modeling_lsm/evaluation/bias.yaml`. All of them, and "
-        "those of each LLM reading after training, are in [results.json](results.json).",
+        "encoder is from, then that LLM. Questions and commands come from templates, of which training hears other "
+        "fillings; WordNet's examples are the harder test. What the figures of the bias mean: "
+        "`modeling_lsm/evaluation/bias.yaml`. All of them, and those of each LLM reading after training, are in "
+        "[results.json](results.json).",
         "",
         "## Instructions on speech, by kind",
         "",
@@ -132,6 +161,8 @@ def report(results: dict[str, Any], scale: str) -> list[str]:
         "## Curves",
         "",
         f"The warm-up alone recognizes the validation clips with a WER of {results['warm_up']['wer']:.3f}.",
+        "",
+        "In the plots *lsm* is the self-powered model, and *-text* the LLM of a model when it reads the transcript.",
         "",
         *(f"![{plot}]({plot})" for plot in ("training.png", *PLOTS)),
         "",
