@@ -15,7 +15,7 @@ import soundfile
 import torch
 from piper import SynthesisConfig
 
-from demo.fetch_models import fetch_speech_model
+from demo.fetch_models import fetch_speech_model, fetch_text_model
 from experiments.tiny import speak
 from experiments.tiny.speak import make_clip, plan_clips, speak_split
 from experiments.tiny.voices import KOKORO_LENGTH_STEP, KOKORO_VOICES_FILE, VOICES, KokoroVoice, load_voice
@@ -33,7 +33,10 @@ from experiments.tiny.write_sentences import (
     split_of,
     write_sentences,
 )
-from modeling_lsm import LsmForConditionalGeneration
+from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
+from modeling_lsm.augmentation import load_tasks
+from modeling_lsm.evaluation import word_error_rate
+from modeling_lsm.evaluation.systems import LsmSystem
 from tests import tiny
 
 
@@ -382,3 +385,17 @@ def test_the_whole_experiment_with_a_tiny_llm(tmp_path):
 
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0 and "Nothing to be done" in again.stdout
+
+
+@pytest.mark.slow
+def test_the_published_checkpoint_hears_as_published(librivox):
+    """Its weights, in half precision, come to the word error rate that `results.json` has for the real recordings."""
+    folder = ROOT / "experiments" / "tiny" / "results"
+    bases = {"speech": fetch_speech_model(), "text": fetch_text_model()}
+    model = LsmForConditionalGeneration.from_pretrained(folder / "checkpoint", base_folders=bases)
+    system = LsmSystem(model, LsmProcessor.from_pretrained(folder / "checkpoint"), batch_size=8)
+    instruction = load_tasks(["transcription"], target_language="")[0].instructions[0]
+    rows = [{"audio": str(clip.path), "instruction": instruction} for clip in librivox]
+    answers = system.answer(rows, max_new_tokens=64)
+    published = json.loads((folder / "results.json").read_text())["figures"]["real"]["transcription"]["wer"]["lsm"]
+    assert word_error_rate(answers, [clip.text for clip in librivox]) == pytest.approx(published["value"], abs=0.1)
