@@ -41,7 +41,7 @@ FOR_TRAINING = ("train", "warm_up", "words")
 SIZES = {
     "smoke": {"train": 48, "warm_up": 24, "words": 24, "validation": 6, "test": 6},
     "small": {"train": 3_600, "warm_up": 8_000, "words": 28_000, "validation": 200, "test": 500},
-    "full": {"train": 12_000, "warm_up": 1_000, "words": 28_000, "validation": 500, "test": 500},
+    "full": {"train": 12_000, "warm_up": 1_000, "words": 28_000, "validation": 500, "test": 800},
 }
 # Of each part, so many come from the templates; there are too few in WordNet that ask for anything.
 SHARES = {"question": 0.16, "command": 0.16}
