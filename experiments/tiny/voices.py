@@ -22,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from piper import SynthesisConfig
+from piper import PiperConfig, PiperVoice, SynthesisConfig
 from piper.phonemize_espeak import EspeakPhonemizer
 
 from demo.download import Wheel, cache_dir, check_sha256, fetch
 from demo.synthesize import VOICE_WHEEL
-from demo.synthesize import load_voice as load_piper_voice
 
 
 # Split → voice → how often it speaks. Kokoro sounds best and is slowest: for training it does a quarter of the work.
@@ -162,9 +161,9 @@ def load_voice(name: str):
         return KokoroVoice(voice)
     if engine == "pico":
         return PicoVoice({"us": "en-US", "gb": "en-GB"}[voice])
-    voice = load_piper_voice()
-    voice.session = _one_thread_session(fetch(VOICE_WHEEL)[0])
-    return voice
+    model_file, config_file = fetch(VOICE_WHEEL)
+    config = PiperConfig.from_dict(json.loads(config_file.read_text(encoding="utf-8")))
+    return PiperVoice(config=config, session=_one_thread_session(model_file))
 
 
 def _one_thread_session(model_file: Path) -> onnxruntime.InferenceSession:
