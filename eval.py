@@ -30,8 +30,8 @@ import modeling_lsm
 from modeling_lsm import LsmConfig, LsmForConditionalGeneration, LsmProcessor
 from modeling_lsm.composing import read_chat_template
 from modeling_lsm.evaluation.arguments import EvalArguments, check_arguments, list_systems
-from modeling_lsm.evaluation.bias_questions import make_bias_questions
-from modeling_lsm.evaluation.bias_suite import measure_bias, report_bias
+from modeling_lsm.evaluation.bias.questions import make_bias_questions
+from modeling_lsm.evaluation.bias.suite import measure_bias, report_bias
 from modeling_lsm.evaluation.predictions import Predictions, read_predictions
 from modeling_lsm.evaluation.questions import Records, hash_questions, make_questions, needs_keywords
 from modeling_lsm.evaluation.report import comparison_table, figure_table, update_model_card, write_report

@@ -44,6 +44,7 @@ setup(
         "modeling_lsm": ["chat_templates/*.jinja"],
         "modeling_lsm.augmentation": ["*.yaml"],
         "modeling_lsm.evaluation": ["*.yaml"],
+        "modeling_lsm.evaluation.bias": ["*.yaml"],
     },
     python_requires=">=3.11",  # as transformers 5.23
     install_requires=[

@@ -22,13 +22,13 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantiza
 from trl.trainer.utils import global_then_local_main_first
 
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
-from modeling_lsm.audio import AudioAugmentation
 from modeling_lsm.augmentation import check_provenance, load_tasks
-from modeling_lsm.collating import SpeechTextCollator
-from modeling_lsm.data import ask_for_transcriptions, load_rows, mix_rows
+from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_rows
+from modeling_lsm.data.preparing import prepare_rows, skip_unreadable
+from modeling_lsm.data.sound_changes import AudioAugmentation
 from modeling_lsm.files import claim_folder
 from modeling_lsm.pipeline_lsm import published_bases
-from modeling_lsm.preparing import prepare_rows, skip_unreadable
 from modeling_lsm.slim_lsm import can_be_slim
 from modeling_lsm.training import (
     FeatureCache,

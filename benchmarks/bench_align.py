@@ -31,11 +31,11 @@ from demo.fetch_models import fetch_speech_model, fetch_text_model
 from demo.synthesize import read_sentences, synthesize
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
 from modeling_lsm.augmentation import load_tasks
-from modeling_lsm.collating import SpeechTextCollator
 from modeling_lsm.composing import compose
-from modeling_lsm.data import ask_for_transcriptions, load_rows
+from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.loading import ask_for_transcriptions, load_rows
+from modeling_lsm.data.preparing import prepare_rows
 from modeling_lsm.evaluation import word_error_rate
-from modeling_lsm.preparing import prepare_rows
 from modeling_lsm.processing_lsm import make_chat
 from modeling_lsm.training import FeatureCache, LsmTrainer, add_lora, align, encoder_key, set_trained_parts
 from modeling_lsm.training.alignment import draw_batches

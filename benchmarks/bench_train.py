@@ -27,10 +27,10 @@ from demo.fetch_models import fetch_speech_model, fetch_text_model
 from demo.synthesize import SAMPLING_RATE, read_sentences, synthesize
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
 from modeling_lsm.augmentation import load_tasks
-from modeling_lsm.collating import SpeechTextCollator
 from modeling_lsm.composing import compose
-from modeling_lsm.data import load_rows
-from modeling_lsm.preparing import prepare_rows
+from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.loading import load_rows
+from modeling_lsm.data.preparing import prepare_rows
 from modeling_lsm.training import FeatureCache, encoder_key, set_trained_parts
 
 

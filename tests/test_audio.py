@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from modeling_lsm.audio import AudioAugmentation
+from modeling_lsm.data.sound_changes import AudioAugmentation
 from tests import tiny
 
 

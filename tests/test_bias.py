@@ -14,7 +14,8 @@ import soundfile
 import eval as script
 from modeling_lsm import LsmPipeline
 from modeling_lsm.evaluation import bias_suite
-from modeling_lsm.evaluation.bias import (
+from modeling_lsm.evaluation.bias.questions import SETTINGS, is_request, make_bias_questions
+from modeling_lsm.evaluation.bias.scores import (
     OUTCOMES,
     UNTRAINED,
     count_obedience,
@@ -23,7 +24,6 @@ from modeling_lsm.evaluation.bias import (
     obeys_spoken,
     score_bias,
 )
-from modeling_lsm.evaluation.bias_questions import SETTINGS, is_request, make_bias_questions
 from modeling_lsm.evaluation.checks import CHECKS
 from modeling_lsm.evaluation.questions import Records
 from modeling_lsm.evaluation.running import to_prediction
@@ -60,7 +60,7 @@ def records(tmp_path) -> Records:
 
 
 def follow(row: dict) -> str:
-    """Follows an instruction of `bias.yaml` without regard to the speech, which none but `repeat` needs."""
+    """Follows an instruction of `questions.yaml` without regard to the speech, which none but `repeat` needs."""
     given = {
         "opening": "In short, all is well.",
         "ending": "Something happens. The end.",

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from modeling_lsm import LsmForConditionalGeneration
-from modeling_lsm.evaluation.attention import (
+from modeling_lsm.evaluation.bias.attention import (
     ANSWER,
     INSTRUCTION,
     PADDING,
@@ -19,7 +19,7 @@ from modeling_lsm.evaluation.attention import (
     encode,
     measure_attention,
 )
-from modeling_lsm.evaluation.bias_suite import ratio_bounds, summarize_attention
+from modeling_lsm.evaluation.bias.suite import ratio_bounds, summarize_attention
 from modeling_lsm.evaluation.systems import LsmSystem, TextSystem
 from tests import tiny
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_lsm.evaluation.bias_suite import summarize_divergence
-from modeling_lsm.evaluation.divergence import measure_divergence
+from modeling_lsm.evaluation.bias.divergence import measure_divergence
+from modeling_lsm.evaluation.bias.suite import summarize_divergence
 from modeling_lsm.evaluation.systems import LsmSystem, TextSystem
 from tests import tiny
 

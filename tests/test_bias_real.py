@@ -8,8 +8,8 @@ import soundfile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_lsm.composing import read_chat_template
-from modeling_lsm.evaluation.bias_questions import make_bias_questions
-from modeling_lsm.evaluation.bias_suite import measure_bias, report_bias
+from modeling_lsm.evaluation.bias.questions import make_bias_questions
+from modeling_lsm.evaluation.bias.suite import measure_bias, report_bias
 from modeling_lsm.evaluation.questions import Records
 from modeling_lsm.evaluation.systems import TextSystem
 from modeling_lsm.evaluation.tasks import DatasetEntry

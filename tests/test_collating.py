@@ -7,9 +7,9 @@ import soundfile
 import torch
 
 from modeling_lsm import make_chat
-from modeling_lsm.audio import AudioAugmentation
-from modeling_lsm.collating import IGNORED_LABEL, SpeechTextCollator
-from modeling_lsm.rows import row_to_chat
+from modeling_lsm.data.collating import IGNORED_LABEL, SpeechTextCollator
+from modeling_lsm.data.rows import row_to_chat
+from modeling_lsm.data.sound_changes import AudioAugmentation
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from modeling_lsm.augmentation.corpus import Corpus, SeenRows, audio_problem, sentence_case
+from modeling_lsm.data.corpora import Corpus, SeenRows, audio_problem, sentence_case
 from tests import tiny
 
 

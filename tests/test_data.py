@@ -15,8 +15,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from modeling_lsm import data
-from modeling_lsm.data import ask_for_transcriptions, load_rows, mix_rows
-from modeling_lsm.rows import FEATURES
+from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_rows
+from modeling_lsm.data.rows import FEATURES
 from tests import tiny
 from tests.test_manifests import write_tar
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_lsm.manifests import READERS, Unparsable, find_files
+from modeling_lsm.data.manifests import READERS, Unparsable, find_files
 
 
 def write_tar(path, files: dict[str, bytes]) -> None:

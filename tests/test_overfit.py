@@ -11,10 +11,10 @@ from trl import SFTConfig
 
 from demo.synthesize import read_sentences, synthesize
 from modeling_lsm import LsmPipeline
-from modeling_lsm.collating import SpeechTextCollator
 from modeling_lsm.composing import compose
-from modeling_lsm.data import load_rows
-from modeling_lsm.preparing import prepare_rows
+from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.loading import load_rows
+from modeling_lsm.data.preparing import prepare_rows
 from modeling_lsm.training import FeatureCache, LsmTrainer, add_lora, encoder_key, set_trained_parts
 
 

@@ -15,9 +15,9 @@ from datasets import concatenate_datasets
 from torch.utils.data import DataLoader
 
 from modeling_lsm import LsmProcessor, load_waveform, preparing
-from modeling_lsm.collating import SpeechTextCollator
-from modeling_lsm.data import load_rows, mix_rows
-from modeling_lsm.preparing import prepare_rows, skip_unreadable
+from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.loading import load_rows, mix_rows
+from modeling_lsm.data.preparing import prepare_rows, skip_unreadable
 from tests import tiny
 from tests.test_data import FORMS, TRAINING, write_form
 
@@ -121,7 +121,7 @@ def test_another_process_finds_what_was_read(tiny_checkpoint, tmp_path, cache, m
     manifest = write_clips(tmp_path)
     rows = prepare_rows(load_rows(manifest), LsmProcessor.from_pretrained(tiny_checkpoint))
     script = (
-        "import sys; from modeling_lsm import LsmProcessor, preparing; from modeling_lsm.data import load_rows\n"
+        "import sys; from modeling_lsm import LsmProcessor, preparing; from modeling_lsm.data.loading import load_rows\n"
         "del preparing.load_waveform\n"
         "rows = preparing.prepare_rows(load_rows(sys.argv[1]), LsmProcessor.from_pretrained(sys.argv[2]))\n"
         "print(rows['length'][:], rows['audio_hash'][:])\n"

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from modeling_lsm import LsmForConditionalGeneration
-from modeling_lsm.audio import AudioAugmentation
-from modeling_lsm.collating import SpeechTextCollator
-from modeling_lsm.data import load_rows
-from modeling_lsm.preparing import prepare_rows
+from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.loading import load_rows
+from modeling_lsm.data.preparing import prepare_rows
+from modeling_lsm.data.sound_changes import AudioAugmentation
 from modeling_lsm.training import HeldOutAnswers, LsmTrainer, add_lora, last_checkpoint, set_trained_parts
 from tests import tiny
 from tests.test_training import TARGETS, write_rows

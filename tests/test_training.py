@@ -18,7 +18,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
-from modeling_lsm.collating import SpeechTextCollator
+from modeling_lsm.data.collating import SpeechTextCollator
 from modeling_lsm.training import set_trained_parts
 from tests import tiny
 

@@ -1,8 +1,8 @@
 """Self-powered data: instructions on transcripts, answered by the model's own LLM."""
 
+from ..data.corpora import Corpus
 from .backends import make_backend
 from .blocks import BlockStore
-from .corpus import Corpus
 from .filters import rejection_reason
 from .generation import Answer, generate_targets
 from .job import JobSettings, run_job

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data.corpora import Corpus, SeenRows, SourceRow, audio_problem, sentence_case
 from .blocks import BlockStore
-from .corpus import Corpus, SeenRows, SourceRow, audio_problem, sentence_case
 from .filters import rejection_reason
 from .generation import Answer
 from .tasks import Task, assign_instructions, row_identity

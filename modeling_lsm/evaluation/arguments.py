@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from .bias import READER_SUFFIX, UNTRAINED
+from .bias.scores import READER_SUFFIX, UNTRAINED
 
 
 SYSTEMS = ("lsm", "cascade", "text")

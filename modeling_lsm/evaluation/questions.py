@@ -13,9 +13,9 @@ from typing import Any
 from datasets import ClassLabel, load_dataset
 
 from ..augmentation.filters import normalize
+from ..data.manifests import READERS, Unparsable, find_files, read_dataset
+from ..data.rows import to_audio, with_usual_names
 from ..fingerprints import hash_text
-from ..manifests import READERS, Unparsable, find_files, read_dataset
-from ..rows import to_audio, with_usual_names
 from .answers import read_choice, read_yes_no
 from .checks import draw_check
 from .tasks import DatasetEntry, Task

@@ -12,9 +12,9 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from ..data.rows import row_to_chat
 from ..evaluation import word_error_rate
 from ..pipeline_lsm import LsmPipeline
-from ..rows import row_to_chat
 
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_lsm import LsmForConditionalGeneration
-from ..processing_lsm import load_waveform
+from ...modeling_lsm import LsmForConditionalGeneration
+from ...processing_lsm import load_waveform
 
 
 PARTS = ("instruction", "speech", "template", "answer")

@@ -14,8 +14,8 @@ from datasets.fingerprint import Hasher
 from huggingface_hub.utils import httpx  # under the name that the installed version has
 from jinja2 import TemplateError
 
-from . import __version__
-from .processing_lsm import LsmProcessor, load_waveform
+from .. import __version__
+from ..processing_lsm import LsmProcessor, load_waveform
 from .rows import FEATURES, chat_clips, encodable, render, row_to_chat, tokenize
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import load_dataset
 
-from ..manifests import PEEKED_ROWS, READERS, Unparsable, find_files, read_dataset
 from ..processing_lsm import load_waveform
+from .manifests import PEEKED_ROWS, READERS, Unparsable, find_files, read_dataset
 
 
 @dataclass

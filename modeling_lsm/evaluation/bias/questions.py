@@ -1,4 +1,4 @@
-"""What the anchor-bias suite asks: every clip what `bias.yaml` says, and those that speak a request something else."""
+"""What the anchor-bias suite asks: every clip what `questions.yaml` says, and those that speak a request something else."""
 
 import logging
 import random
@@ -9,15 +9,15 @@ from typing import Any
 
 import yaml
 
-from ..augmentation.filters import normalize
-from ..manifests import Unparsable
-from .checks import CHECKS, draw_check
-from .questions import Question, Records
+from ...augmentation.filters import normalize
+from ...data.manifests import Unparsable
+from ..checks import CHECKS, draw_check
+from ..questions import Question, Records
 
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = yaml.safe_load(Path(__file__).with_name("bias.yaml").read_text(encoding="utf-8"))
+SETTINGS = yaml.safe_load(Path(__file__).with_name("questions.yaml").read_text(encoding="utf-8"))
 REQUEST_WORDS = {name: f"(?:{'|'.join(words.split())})" for name, words in SETTINGS["request_words"].items()}
 REQUEST = re.compile(rf"(?:{'|'.join(pattern.format(**REQUEST_WORDS) for pattern in SETTINGS['request_patterns'])})\b")
 
@@ -36,7 +36,7 @@ def read_clips(records: Records, limit: int) -> Iterator[tuple[dict[str, Any], Q
 
 
 def word_instruction(entry: dict[str, Any]) -> dict[str, Any]:
-    """The instruction of an entry of `bias.yaml`, with its check if it has one."""
+    """The instruction of an entry of `questions.yaml`, with its check if it has one."""
     if "check" not in entry:
         return {"instruction": entry["instruction"]}
     check = {"kind": entry["check"], "parameters": entry["parameters"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .processing_lsm import load_waveform
+from ..processing_lsm import load_waveform
 
 
 MAX_MASKED_SHARE = 0.2  # of the time of a clip: a mask that is wide beside a short clip would leave nothing of it

@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Features, Value
 from transformers import BatchEncoding
 
+from ..processing_lsm import LsmProcessor, make_chat
 from .manifests import Unparsable
-from .processing_lsm import LsmProcessor, make_chat
 
 
 TEXT_COLUMNS = ("text", "task", "instruction", "target")

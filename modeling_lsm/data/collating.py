@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .audio import AudioAugmentation
-from .processing_lsm import LsmProcessor, load_waveform
+from ..processing_lsm import LsmProcessor, load_waveform
 from .rows import chat_clips, render, replace_clips, row_to_chat, tokenize
+from .sound_changes import AudioAugmentation
 
 
 IGNORED_LABEL = -100

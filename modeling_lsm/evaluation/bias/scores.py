@@ -9,7 +9,7 @@ The anchor bias in answers: does the speech decide what is answered, or the inst
 The answer to a clip that could not be read is empty. It counts as one that obeys nothing, but not at all in the rates
 that are better where they are lower, collapse and spoken requests obeyed: it would make them so.
 
-[`score_bias`] computes every figure from the answers. What was asked is in `bias_questions.py`.
+[`score_bias`] computes every figure from the answers. What was asked is in `questions.py`.
 """
 
 from collections import defaultdict
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from ..augmentation.filters import normalize
-from .answers import find_label
-from .bias_questions import SETTINGS
-from .checks import CHECKS
-from .metrics import edit_counts, share
-from .scoring import Answers, clean
-from .statistics import bootstrap, compare
+from ...augmentation.filters import normalize
+from ..answers import find_label
+from ..checks import CHECKS
+from ..metrics import edit_counts, share
+from ..scoring import Answers, clean
+from ..statistics import bootstrap, compare
+from .questions import SETTINGS
 
 
 UNTRAINED = "untrained"

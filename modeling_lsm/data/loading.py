@@ -23,7 +23,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from . import __version__
+from .. import __version__
 from .manifests import PEEKED_ROWS, READERS, Unparsable, find_files, undecoded
 from .rows import FEATURES, REPLACED_BY_MESSAGES, to_row, with_usual_names
 

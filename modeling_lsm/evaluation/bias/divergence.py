@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..collating import IGNORED_LABEL, SpeechTextCollator
-from ..modeling_lsm import LsmForConditionalGeneration
-from ..processing_lsm import LsmProcessor
+from ...data.collating import IGNORED_LABEL, SpeechTextCollator
+from ...modeling_lsm import LsmForConditionalGeneration
+from ...processing_lsm import LsmProcessor
 
 
 @torch.inference_mode()

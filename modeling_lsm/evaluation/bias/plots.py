@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from .attention import PARTS
-from .bias import READER_SUFFIX
+from .scores import READER_SUFFIX
 
 
 def to_png(figure: Any) -> bytes:

@@ -13,17 +13,17 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..files import write_atomically
+from ...files import write_atomically
+from ..predictions import Predictions, read_predictions
+from ..questions import Question, hash_questions
+from ..running import answer_questions
+from ..statistics import bounds, resample
+from ..systems import LsmSystem, TextSystem
 from .attention import INSTRUCTION, PARTS, SPEECH, measure_attention
-from .bias import READER_SUFFIX, UNTRAINED, score_bias
-from .bias_questions import SETTINGS
-from .bias_report import write_bias_report
 from .divergence import measure_divergence
-from .predictions import Predictions, read_predictions
-from .questions import Question, hash_questions
-from .running import answer_questions
-from .statistics import bounds, resample
-from .systems import LsmSystem, TextSystem
+from .questions import SETTINGS
+from .report import write_bias_report
+from .scores import READER_SUFFIX, UNTRAINED, score_bias
 
 
 READ_ONLY = ("request", "reading")  # what only systems that read are asked

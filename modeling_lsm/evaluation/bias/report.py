@@ -1,13 +1,13 @@
-"""The bias in tables, plots (`bias_plots.py`) and examples: `bias_report.md` and its PNGs."""
+"""The bias in tables, plots (`plots.py`) and examples: `bias_report.md` and its PNGs."""
 
 from pathlib import Path
 from typing import Any
 
-from ..augmentation.report import cell
-from ..files import write_atomically
+from ...augmentation.report import cell
+from ...files import write_atomically
 from .attention import PARTS
-from .bias import FIGURES, OUTCOMES
-from .bias_plots import plot_attention, plot_divergence, plot_heads, plot_thresholds
+from .plots import plot_attention, plot_divergence, plot_heads, plot_thresholds
+from .scores import FIGURES, OUTCOMES
 
 
 LISTED = 5  # requests that are named

@@ -1,0 +1,1 @@
+"""Rows of speech and text: manifest → row → batch."""

@@ -1,0 +1,1 @@
+"""The anchor-bias suite: does the speech decide what is answered, or the instruction?"""
