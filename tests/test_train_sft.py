@@ -1,4 +1,4 @@
-"""`train_sft.py`: what it refuses, and in which words. What it does is in test_training.py and test_trainer.py."""
+"""`train_sft.py`: what it refuses, and in which words. What it does is in tests/training."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from trl import TrlParser
 
 import train_sft
-from tests.test_training import write_rows
+from tests.training.test_training import write_rows
 
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""What the anchor-bias suite asks: every clip what `questions.yaml` says, and those that speak a request something else."""
+"""What the suite asks: every clip what `questions.yaml` says, and those that speak a request something else."""
 
 import logging
 import random

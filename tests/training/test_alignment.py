@@ -23,7 +23,7 @@ from modeling_lsm.training.ctc import alignable_rows, tokenize_transcripts
 from tests import tiny
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = ["a cat", "no", "it rains", "stop"]
 PROJECTORS = {
     "qformer": {"window_size": 8, "num_queries": 2},
@@ -334,7 +334,7 @@ def test_killed_and_started_again_ends_with_the_same_weights(tmp_path, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def start(name: str) -> subprocess.Popen:
-        code = f"from tests.test_alignment import run_alone; run_alone({str(tmp_path / name)!r})"
+        code = f"from tests.training.test_alignment import run_alone; run_alone({str(tmp_path / name)!r})"
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
 
     assert start("whole").wait(300) == 0

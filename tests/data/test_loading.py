@@ -18,7 +18,7 @@ from modeling_lsm import data
 from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_rows
 from modeling_lsm.data.rows import FEATURES
 from tests import tiny
-from tests.test_manifests import write_tar
+from tests.data.test_manifests import write_tar
 
 
 TRAINING = ("instruction", "target")

@@ -23,7 +23,7 @@ from modeling_lsm.training import set_trained_parts
 from tests import tiny
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TARGETS = ["a cat", "two dogs ran", "no", "it rains", "well, well, well", "stop", "the sun", "go on then"]
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
-from tests.test_training import write_rows
+from tests.training.test_training import write_rows
 
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAGES = ["zero1", "zero2", "zero3", "zero3_offload"]
 
 

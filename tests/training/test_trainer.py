@@ -18,7 +18,7 @@ from modeling_lsm.data.preparing import prepare_rows
 from modeling_lsm.data.sound_changes import AudioAugmentation
 from modeling_lsm.training import HeldOutAnswers, LsmTrainer, add_lora, last_checkpoint, set_trained_parts
 from tests import tiny
-from tests.test_training import TARGETS, write_rows
+from tests.training.test_training import TARGETS, write_rows
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from modeling_lsm.evaluation.tasks import DatasetEntry
 from tests import tiny
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 FOUND = "2 clips speak a request; see that they do. The first of them: “What is the capital of France?” · “Name"
 REQUESTS = {
     "Name three colors.": "Red, green and yellow.",

@@ -35,7 +35,7 @@ from modeling_lsm.composing import compose
 from tests import tiny
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ["transcription", "continuation", "repetition", "keyword", "intent", "sentiment", "translation"]
 TINY_PROJECTOR = {"projector_hidden_size": 32, "projector_num_attention_heads": 4}
 TASK = Task("intent", ("Why is this said?",))

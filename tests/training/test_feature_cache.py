@@ -329,7 +329,7 @@ def test_builds_under_zero3(model, processor, tmp_path):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "build.py").write_text(BUILD_UNDER_ZERO3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
         [*command, str(tmp_path / "build.py"), str(tmp_path)], env=environment, capture_output=True, text=True
     )

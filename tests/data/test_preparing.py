@@ -19,7 +19,7 @@ from modeling_lsm.data.collating import SpeechTextCollator
 from modeling_lsm.data.loading import load_rows, mix_rows
 from modeling_lsm.data.preparing import prepare_rows, skip_unreadable
 from tests import tiny
-from tests.test_data import FORMS, TRAINING, write_form
+from tests.data.test_loading import FORMS, TRAINING, write_form
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +121,15 @@ def test_another_process_finds_what_was_read(tiny_checkpoint, tmp_path, cache, m
     manifest = write_clips(tmp_path)
     rows = prepare_rows(load_rows(manifest), LsmProcessor.from_pretrained(tiny_checkpoint))
     script = (
-        "import sys; from modeling_lsm import LsmProcessor, preparing; from modeling_lsm.data.loading import load_rows\n"
+        "import sys; from modeling_lsm import LsmProcessor; from modeling_lsm.data import preparing\n"
+        "from modeling_lsm.data.loading import load_rows\n"
         "del preparing.load_waveform\n"
         "rows = preparing.prepare_rows(load_rows(sys.argv[1]), LsmProcessor.from_pretrained(sys.argv[2]))\n"
         "print(rows['length'][:], rows['audio_hash'][:])\n"
     )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
     command = [sys.executable, "-c", script, str(manifest), str(tiny_checkpoint)]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout
     assert output.strip() == f"{rows['length'][:]} {rows['audio_hash'][:]}"
 
@@ -138,7 +139,7 @@ def test_unreadable_rows_of_every_form_are_left_out(
     form, num_proc, processor, librivox, tmp_path, monkeypatch, caplog
 ):
     """Missing, cut off, and no audio at all."""
-    monkeypatch.setattr("tests.test_data.wave_bytes", lambda: next(contents))
+    monkeypatch.setattr("tests.data.test_loading.wave_bytes", lambda: next(contents))
     sound = librivox[0].path.read_bytes()
     records = [{"audio": f"{i}.flac", "text": "x", "instruction": "Write.", "target": f"{i}"} for i in range(4)]
     contents = iter([sound, sound[:5000], b"This is not audio.", sound] * 2)
