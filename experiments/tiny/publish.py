@@ -151,8 +151,8 @@ def report(results: dict[str, Any], scale: str) -> list[str]:
         "The *text* system is the LLM before training, reading the transcript; the *cascade* is the Whisper that the "
         "encoder is from, then that LLM. Questions and commands come from templates, of which training hears other "
         "fillings; WordNet's examples are the harder test. What the figures of the bias mean: "
-        "`modeling_lsm/evaluation/bias/questions.yaml`. All of them, and those of each LLM reading after training, are "
-        "in [results.json](results.json).",
+        "`modeling_lsm/evaluation/bias/questions.yaml`. All of them, and those of each LLM reading after training, "
+        "are in [results.json](results.json).",
         "",
         "## Instructions on speech, by kind",
         "",

@@ -14,7 +14,6 @@ from datasets import Audio, Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from modeling_lsm import data
 from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_rows
 from modeling_lsm.data.rows import FEATURES
 from tests import tiny
@@ -116,7 +115,7 @@ def test_a_set_of_the_hub_gives_the_same_rows_read_or_streamed(tmp_path, monkeyp
         data_files = str(tmp_path / "corpus.parquet")
         return datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr(loading, "load_dataset", load_dataset)
     assert isinstance(load_dataset(streaming=True).features["audio"], Audio)
     asked.clear()
     rows = load_rows("someone/corpus", "test", "clean", "v1", columns=("audio", "text"))
@@ -134,7 +133,7 @@ def test_files_of_a_stream_from_the_hub_are_fetched(tmp_path, monkeypatch):
     (tmp_path / "a.wav").write_bytes(wave_bytes())
     rows = [{"audio": f"file://{tmp_path}/{name}.wav", "text": name} for name in "ab"]
     stream = Dataset.from_list(rows).to_iterable_dataset()
-    monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: stream)
+    monkeypatch.setattr(loading, "load_dataset", lambda *args, **kwargs: stream)
     there, missing = load_rows("someone/corpus", streaming=True)
     assert there["audio"]["bytes"] == wave_bytes() and there["problem"] is None
     assert "b.wav cannot be fetched" in missing["problem"]
@@ -207,8 +206,8 @@ def test_chats_of_parquet_may_embed_one_clip(tmp_path):
 
 def test_a_changed_manifest_is_read_anew(tmp_path, monkeypatch):
     source = write_form("jsonl", tmp_path, RECORDS)
-    reads, to_row = [], data.to_row
-    monkeypatch.setattr(data, "to_row", lambda *args: reads.append(args) or to_row(*args))
+    reads, to_row = [], loading.to_row
+    monkeypatch.setattr(loading, "to_row", lambda *args: reads.append(args) or to_row(*args))
     first, again = load_rows(source), load_rows(source)
     assert len(reads) == 2 and first._fingerprint == again._fingerprint
     assert load_rows(source, columns=TRAINING)._fingerprint != first._fingerprint

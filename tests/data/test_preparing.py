@@ -14,7 +14,8 @@ import soundfile
 from datasets import concatenate_datasets
 from torch.utils.data import DataLoader
 
-from modeling_lsm import LsmProcessor, load_waveform, preparing
+from modeling_lsm import LsmProcessor, load_waveform
+from modeling_lsm.data import preparing
 from modeling_lsm.data.collating import SpeechTextCollator
 from modeling_lsm.data.loading import load_rows, mix_rows
 from modeling_lsm.data.preparing import prepare_rows, skip_unreadable
