@@ -14,6 +14,7 @@ from datasets import Audio, Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
+from modeling_lsm.data import loading
 from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_rows
 from modeling_lsm.data.rows import FEATURES
 from tests import tiny
