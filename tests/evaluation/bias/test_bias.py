@@ -13,7 +13,7 @@ import soundfile
 
 import eval as script
 from modeling_lsm import LsmPipeline
-from modeling_lsm.evaluation import bias_suite
+from modeling_lsm.evaluation.bias import suite
 from modeling_lsm.evaluation.bias.questions import SETTINGS, is_request, make_bias_questions
 from modeling_lsm.evaluation.bias.scores import (
     OUTCOMES,
@@ -156,8 +156,8 @@ def detected(tmp_path_factory) -> dict:
     questions["reading"] = []
     systems = {"transcribes": Transcribes(model), "answers": TakesSpeechForTheInstruction(model)}
     systems |= {"deaf": IgnoresSpeech(model), "text": Ideal(model)}
-    bias_suite.measure_bias(systems, questions, folder, measured_rows=0)
-    return bias_suite.report_bias(folder, {}, {}, resamples=50)
+    suite.measure_bias(systems, questions, folder, measured_rows=0)
+    return suite.report_bias(folder, {}, {}, resamples=50)
 
 
 def test_bias_of_a_model_that_ignores_its_instruction(detected):
@@ -492,9 +492,9 @@ def test_bias_results_say_where_they_come_from(tiny_checkpoint, corpus, tmp_path
 
 def test_bias_suite_is_taken_up_where_it_stopped(tiny_checkpoint, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "write_report", lambda *args: None)  # plots take most of the time
-    monkeypatch.setattr(bias_suite, "write_bias_report", lambda *args: None)
+    monkeypatch.setattr(suite, "write_bias_report", lambda *args: None)
     whole = evaluate(tiny_checkpoint, corpus, tmp_path / "whole", measured_rows=2)
-    answer, measure, seen = LsmSystem.answer, bias_suite.measure_divergence, []
+    answer, measure, seen = LsmSystem.answer, suite.measure_divergence, []
 
     def answer_some(self, rows, max_new_tokens, on_answer):
         answer(self, rows[:5], max_new_tokens, on_answer)
@@ -511,12 +511,12 @@ def test_bias_suite_is_taken_up_where_it_stopped(tiny_checkpoint, corpus, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_checkpoint, corpus, tmp_path / "parts", measured_rows=2)
     monkeypatch.setattr(LsmSystem, "answer", answer)
-    monkeypatch.setattr(bias_suite, "measure_divergence", measure_one)
+    monkeypatch.setattr(suite, "measure_divergence", measure_one)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_checkpoint, corpus, tmp_path / "parts", measured_rows=2)
     answers = (tmp_path / "parts" / "bias" / "answers" / "lsm.jsonl").read_text().splitlines()
     assert len(answers) == 1 + 4 * len(SETTINGS["instructions"]) + 2 * len(SETTINGS["written"])
-    monkeypatch.setattr(bias_suite, "measure_divergence", measure)
+    monkeypatch.setattr(suite, "measure_divergence", measure)
     parts = evaluate(tiny_checkpoint, corpus, tmp_path / "parts", measured_rows=2)
     for key in ("figures", "outcomes", "attention", "divergence"):
         assert parts[key] == whole[key]
