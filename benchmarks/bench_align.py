@@ -32,7 +32,7 @@ from demo.synthesize import read_sentences, synthesize
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
 from modeling_lsm.augmentation import load_tasks
 from modeling_lsm.composing import compose
-from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.collating import SpeechTextCollator, predicts_label
 from modeling_lsm.data.loading import ask_for_transcriptions, load_rows
 from modeling_lsm.data.preparing import prepare_rows
 from modeling_lsm.evaluation import word_error_rate
@@ -243,7 +243,7 @@ def compare_speeds(processor: LsmProcessor, rows: Dataset, cache: FeatureCache, 
 
     def llm_loss(indices: list[int]) -> torch.Tensor:
         batch = collate_chats([rows[index] for index in indices])
-        return model(**batch, labelled_logits_only=True, use_cache=False).loss
+        return model(**batch, logits_to_keep=predicts_label(batch["labels"]), use_cache=False).loss
 
     step_aligner = make_step(aligner, lambda indices: aligner.loss(collate_clips(indices)))
     step_llm = make_step(model, llm_loss)

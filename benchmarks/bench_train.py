@@ -28,7 +28,7 @@ from demo.synthesize import SAMPLING_RATE, read_sentences, synthesize
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor
 from modeling_lsm.augmentation import load_tasks
 from modeling_lsm.composing import compose
-from modeling_lsm.data.collating import SpeechTextCollator
+from modeling_lsm.data.collating import SpeechTextCollator, predicts_label
 from modeling_lsm.data.loading import load_rows
 from modeling_lsm.data.preparing import prepare_rows
 from modeling_lsm.training import FeatureCache, encoder_key, set_trained_parts
@@ -79,13 +79,14 @@ class Contestant:
         """Trains on a batch, from reading its audio to the optimizer."""
         padding = "longest" if self.way.own_length else "max_length"
         self.processor.encoder_padding = self.model.config.encoder_padding = padding
-        self.model.model.audio_tower.requires_grad_(not self.way.frozen_encoder)
+        self.model.lsm.audio_tower.requires_grad_(not self.way.frozen_encoder)
         self.model.train()
         started = time.perf_counter()
         inputs = {
             key: value.to(self.model.device) for key, value in self.collator([self.rows[i] for i in batch]).items()
         }
-        self.model(**inputs, labelled_logits_only=self.way.labelled_only, use_cache=False).loss.backward()
+        kept = predicts_label(inputs["labels"]) if self.way.labelled_only else 0
+        self.model(**inputs, logits_to_keep=kept, use_cache=False).loss.backward()
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         self.model.zero_grad()

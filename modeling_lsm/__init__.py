@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_lsm import AudioTiming, LsmConfig
+from .configuration_lsm import AudioTiming, LsmConfig, LsmProjectorConfig
 from .modeling_lsm import LsmForConditionalGeneration, LsmModel, LsmPreTrainedModel
 from .pipeline_lsm import TASK, LsmPipeline
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, load_waveform, make_chat
@@ -36,6 +36,7 @@ __all__ = [
     "LsmPipeline",
     "LsmPreTrainedModel",
     "LsmProcessor",
+    "LsmProjectorConfig",
     "LsmSpeechEncoder",
     "load_waveform",
     "make_chat",

@@ -5,27 +5,82 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers.integrations.deepspeed as hf_deepspeed
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .configuration_lsm import LsmConfig
 from .fingerprints import fingerprint
-from .slim_lsm import BASES, LORA_A, LORA_B, merge_lora, part_of
+from .first_release_lsm import first_fingerprint, is_of_first_release, name_changes, rename
+from .language_model_lsm import grow_vocabulary, load_language_model
+from .slim_lsm import BASES, LORA_A, LORA_B, merge_lora, merged_config, part_of
 from .speech_encoder_lsm import load_speech_encoder
 
 
-def add_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """
-    Embeddings or a head, `(known rows, width)`, with new rows after its own until there are `rows`.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+SOURCE_ARGUMENTS = ("revision", "subfolder")
 
-    A new row says nothing: it is the mean of all others, and so is its logit.
+
+def read_config(name: str | os.PathLike | None, config: Any = None, **kwargs) -> dict[str, Any]:
+    """The config of a checkpoint as it was saved, for the arguments of `from_pretrained`; empty if none is loaded."""
+    if name is None or kwargs.get("state_dict") is not None:
+        return {}
+    known = {key: kwargs[key] for key in (*HUB_ARGUMENTS, *SOURCE_ARGUMENTS) if key in kwargs}
+    return LsmConfig.get_config_dict(name, **known)[0]
+
+
+def load_slim(
+    cls: type[PreTrainedModel],
+    load: Callable,
+    name: str | os.PathLike,
+    *model_args,
+    config: PreTrainedConfig | str | os.PathLike | None = None,
+    base_folders: dict[str, str | os.PathLike] | None = None,
+    **kwargs,
+):
     """
-    new = matrix.mean(dim=0, keepdim=True).expand(max(0, rows - len(matrix)), -1)
-    return torch.cat([matrix, new])
+    Loads a slim checkpoint: its weights and those of its base models, LoRA merged, make a whole model.
+
+    Args:
+        cls (`type`): The class to load.
+        load (`Callable`): Its `PreTrainedModel.from_pretrained`.
+        base_folders (`dict`, *optional*): Where the base models are, see [`LsmPreTrainedModel.from_pretrained`].
+        name, model_args, config, kwargs: Arguments of `from_pretrained`.
+    """
+    hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+    source = {key: kwargs.pop(key) for key in SOURCE_ARGUMENTS if key in kwargs}
+    folder = download_checkpoint(os.fspath(name), **source, **hub_kwargs)
+    if not isinstance(config, PreTrainedConfig):
+        # A config would take "auto" for a dtype.
+        dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        config, kwargs = LsmConfig.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
+        kwargs |= dtype
+    whole_config = merged_config(config)
+    # Under ZeRO-3 the first process hands out the weights; the others need their names and shapes alone.
+    handed_out = is_deepspeed_zero3_enabled() and kwargs.get("quantization_config") is None
+    if handed_out and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        with whole_models(), torch.device("meta"):
+            model = cls(whole_config)
+        weights = {key: weight for key, weight in model.state_dict().items() if key not in model.all_tied_weights_keys}
+    else:
+        weights = assemble(folder, config, base_folders or {}, **hub_kwargs)
+        whole_config.base_models = config.base_models
+    if "generation_config" not in kwargs:
+        kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return_info = kwargs.pop("output_loading_info", False)
+    model, info = load(None, *model_args, config=whole_config, state_dict=weights, output_loading_info=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"The slim checkpoint {folder} and its base models lack {len(missing)} weights, as {missing[0]}. "
+            "Save it anew with `LsmPipeline.save_pretrained(…, slim=True)`."
+        )
+    model.name_or_path = model.config.name_or_path = os.fspath(name)
+    return (model, info) if return_info else model
 
 
 @contextmanager
@@ -77,29 +132,32 @@ def assemble(
     unknown = set(base_folders) - set(BASES.values())
     if unknown:
         raise ValueError(f"`base_folders` has {sorted(unknown)}; expected 'speech' or 'text', each with a folder.")
-    saved = read_tensors(folder)
+    weights = read_tensors(folder)
+    saved_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if is_of_first_release(saved_config):
+        weights = rename(weights, name_changes(config.text_config))
     # The dtype of the model that was saved. A config that was loaded with another `dtype` says that one.
-    dtype = getattr(torch, json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"])
-    in_file = {part_of(name) for name in saved if not name.endswith((LORA_A, LORA_B))}
-    state_dict = {}
+    dtype = getattr(torch, saved_config["dtype"])
+    in_file = {part_of(name) for name in weights if not name.endswith((LORA_A, LORA_B))}
+    from_bases = {}
     with whole_models():
         if "encoder" not in in_file:
             encoder = load_base(folder, config, "speech", load_speech_encoder, base_folders, **hub_kwargs)
-            check_base(folder, config, "speech", fingerprint(sorted(encoder.named_parameters())))
-            state_dict |= {f"model.audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}
+            check_base(folder, config, "speech", fingerprint(encoder))
+            from_bases |= {f"lsm.audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}
         if "llm" not in in_file:
-            load_llm = AutoModelForCausalLM.from_pretrained
-            llm = load_base(folder, config, "text", load_llm, base_folders, **hub_kwargs)
-            base, vocab_size = llm.base_model, config.text_config.vocab_size
-            check_base(folder, config, "text", fingerprint(sorted(base.named_parameters()), llm.config.vocab_size))
-            state_dict |= {f"model.language_model.{name}": tensor for name, tensor in base.state_dict().items()}
-            embeddings = llm.get_input_embeddings()
-            name = next(name for name, module in base.named_modules() if module is embeddings)
-            state_dict[f"model.language_model.{name}.weight"] = add_rows(embeddings.weight.detach(), vocab_size)
-            if not config.tie_word_embeddings:
-                state_dict["lm_head.weight"] = add_rows(llm.get_output_embeddings().weight.detach(), vocab_size)
-    state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
-    return merge_lora(state_dict | saved, config.lora_scaling)
+            llm = load_base(folder, config, "text", load_language_model, base_folders, **hub_kwargs)
+            first = "vocab_size" not in config.base_models["text"]
+            check_base(
+                folder, config, "text", first_fingerprint(llm) if first else fingerprint(llm, llm.config.vocab_size)
+            )
+            grow_vocabulary(llm, config.text_config.vocab_size)
+            tied = llm.all_tied_weights_keys
+            from_bases |= {
+                f"lsm.language_model.{name}": tensor for name, tensor in llm.state_dict().items() if name not in tied
+            }
+    from_bases = {name: t.to(dtype) if t.is_floating_point() else t for name, t in from_bases.items()}
+    return merge_lora(from_bases | weights, config.lora_scaling)
 
 
 def load_base(
@@ -139,4 +197,4 @@ def check_base(folder: Path, config: LsmConfig, key: str, found: str) -> None:
         )
 
 
-__all__ = ["add_rows", "assemble", "download_checkpoint", "whole_models"]
+__all__ = ["load_slim", "read_config", "whole_models"]

@@ -51,14 +51,12 @@ def model_card(model: LsmForConditionalGeneration, name: str, slim: bool = False
     base_models = config.base_models or {}
     parts = {
         "encoder": ("speech encoder", base_models.get("speech", {})),
-        "projector": (f"{config.projector_type} projector", {"id": "this model"}),
+        "projector": (f"{config.projector_config.projector_type} projector", {"id": "this model"}),
         "llm": ("LLM", base_models.get("text", {})),
     }
     # The model itself may be partitioned or quantized.
     with whole_models(), torch.device("meta"):
         sizes = {name: p.numel() for name, p in LsmForConditionalGeneration(config).named_parameters()}
-    if config.tie_word_embeddings:
-        sizes.pop("lm_head.weight", None)
     counts = {part: sum(size for name, size in sizes.items() if part_of(name) == part) for part in parts}
     if slim and "llm" in parts_from_bases(model.config) and model.config.lora_scaling is not None:
         config = model.config
@@ -93,7 +91,7 @@ def model_card(model: LsmForConditionalGeneration, name: str, slim: bool = False
         total=sum(counts.values()),
         trained=sum(counts[part] for part in trained_parts),
         training=training,
-        projector_type=config.projector_type,
+        projector_type=config.projector_config.projector_type,
         num_queries=config.num_queries,
         window_seconds=config.window_size
         * config.timing.ENCODER_STRIDE

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig, WhisperConfig
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,67 @@ class AudioTiming:
 
 
 @strict
+class LsmProjectorConfig(Blip2QFormerConfig):
+    r"""
+    Configuration of the projector of an [`LsmForConditionalGeneration`]. Blocks that attend take it as theirs: those
+    of BLIP-2's Q-Former by its own names, those of Whisper's encoder by the names in `attribute_map`.
+
+    Args:
+        projector_type (`str`, *optional*, defaults to `"qformer"`):
+            A key of `modeling_lsm.PROJECTORS`: `"qformer"` (window-level Q-Former), `"mlp"` (frames of a window
+            stacked), `"transformer"` (stacked, with attention over up to 30 s) or `"conv"` (strided convolutions).
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the projector.
+        num_hidden_layers (`int`, *optional*, defaults to 2):
+            Layers of the Q-Former, the MLP or the Transformer. The `conv` projector has as many as `window_size` asks
+            for.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Attention heads of the Q-Former or the Transformer.
+        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`):
+            Width of the feed-forward layers of the Q-Former or the Transformer.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout inside the projector.
+    """
+
+    model_type = "lsm_projector"
+    base_config_key = "projector_config"
+    attribute_map = {
+        "d_model": "hidden_size",
+        "encoder_attention_heads": "num_attention_heads",
+        "encoder_ffn_dim": "intermediate_size",
+        "activation_function": "hidden_act",
+        "dropout": "hidden_dropout_prob",
+        "activation_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+    }
+
+    projector_type: str = "qformer"
+    hidden_size: int = 768
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    cross_attention_frequency: int = 1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+
+# The projector's settings under the names that `LsmConfig` takes them by, as the command line does; in the config of a
+# checkpoint of the first release they stand under these names.
+PROJECTOR_SETTINGS = {
+    "projector_type": ("projector_type",),
+    "projector_hidden_size": ("hidden_size",),
+    "projector_num_layers": ("num_hidden_layers",),
+    "projector_num_attention_heads": ("num_attention_heads",),
+    "projector_dropout": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+}
+
+
+@strict
 class LsmConfig(PreTrainedConfig):
     r"""
     Configuration of an [`LsmForConditionalGeneration`]: a Whisper encoder, a projector and a causal LLM, after
@@ -106,19 +166,9 @@ class LsmConfig(PreTrainedConfig):
         encoder_padding (`str`, *optional*, defaults to `"longest"`):
             `"longest"` encodes a clip at its own duration; `"max_length"` pads it with silence to 30 s and lets the
             encoder attend to that silence, as Whisper itself does.
-        projector_type (`str`, *optional*, defaults to `"qformer"`):
-            A key of `modeling_lsm.PROJECTORS`: `"qformer"` (window-level Q-Former), `"mlp"` (frames of a window
-            stacked), `"transformer"` (stacked, with attention over up to 30 s) or `"conv"` (strided
-            convolutions).
-        projector_hidden_size (`int`, *optional*, defaults to 768):
-            Width of the projector.
-        projector_num_layers (`int`, *optional*, defaults to 2):
-            Layers of the Q-Former, the MLP or the Transformer. The `conv` projector has as many as `window_size` asks
-            for.
-        projector_num_attention_heads (`int`, *optional*, defaults to 12):
-            Attention heads of the Q-Former or the Transformer.
-        projector_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout inside the projector.
+        projector_config (`dict` or [`LsmProjectorConfig`], *optional*):
+            The projector. `projector_type`, `projector_hidden_size`, `projector_num_layers`,
+            `projector_num_attention_heads` and `projector_dropout` may be given in its place.
         window_size (`int`, *optional*, defaults to 17):
             Encoder frames per window, see [`AudioTiming`].
         num_queries (`int`, *optional*, defaults to 1):
@@ -145,20 +195,14 @@ class LsmConfig(PreTrainedConfig):
     ```"""
 
     model_type = "lsm"
-    sub_configs_defaults = {
-        "audio_config": WhisperConfig,
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    # Not `sub_configs_defaults`, which transformers has from 5.20 on.
+    sub_configs = {"audio_config": WhisperConfig, "projector_config": LsmProjectorConfig, "text_config": AutoConfig}
 
     audio_config: dict | PreTrainedConfig | None = None
+    projector_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 0
     encoder_padding: str = "longest"
-    projector_type: str = "qformer"
-    projector_hidden_size: int = 768
-    projector_num_layers: int = 2
-    projector_num_attention_heads: int = 12
-    projector_dropout: float | int = 0.0
     window_size: int = 17
     num_queries: int = 1
     initializer_range: float = 0.02
@@ -169,8 +213,18 @@ class LsmConfig(PreTrainedConfig):
     lora_scaling: float | int | None = None
 
     def __post_init__(self, **kwargs):
+        if not isinstance(self.audio_config, PreTrainedConfig):
+            self.audio_config = WhisperConfig(**(self.audio_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        settings = {name: kwargs.pop(name) for name in PROJECTOR_SETTINGS if name in kwargs}
+        if not isinstance(self.projector_config, PreTrainedConfig):
+            renamed = {new: value for name, value in settings.items() for new in PROJECTOR_SETTINGS[name]}
+            self.projector_config = LsmProjectorConfig(
+                **{**(self.projector_config or {}), **renamed, "encoder_hidden_size": self.audio_config.d_model}
+            )
         super().__post_init__(**kwargs)
-        # Weight tying reads the top level; the LLM is the one who knows.
+        # Some tools read the top level; the LLM is the one who knows.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.encoder_padding not in ("longest", "max_length"):
             raise ValueError(
@@ -189,4 +243,4 @@ class LsmConfig(PreTrainedConfig):
         )
 
 
-__all__ = ["AudioTiming", "LsmConfig"]
+__all__ = ["AudioTiming", "LsmConfig", "LsmProjectorConfig"]

@@ -1,16 +1,10 @@
-"""Hashes that tell one LLM or chat template from another."""
+"""Hashes that tell one model or chat template from another."""
 
 import hashlib
-import json
-from collections.abc import Iterable
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
-
-
-LSM_PREFIX = "model.language_model."
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 
 def hash_text(text: str) -> str:
@@ -18,68 +12,41 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], vocab_size: int | None = None) -> str:
+def fingerprint(model: PreTrainedModel, vocab_size: int | None = None) -> str:
     """
-    A hash of the weights of an LLM or a speech encoder.
+    A hash of all weights of a model: an LLM with embeddings and head, or a speech encoder.
 
-    Embeddings and head do not count, to which composing may add a row for the audio token, nor does a wider dtype.
+    Weights go by the names and in the form that `save_pretrained` writes, which differ from those in memory for
+    mixture-of-experts models. Tied ones count once, and a wider dtype does not count.
 
     Args:
-        tensors (`Iterable[tuple[str, torch.Tensor]]`): Names, as in the LLM without its head, and weights, by name.
-        vocab_size (`int`, *optional*): Rows of the matrices that do not count.
+        model ([`PreTrainedModel`]): The model.
+        vocab_size (`int`, *optional*): The LLM's vocabulary before composing added a row for the audio token to
+            embeddings and head. Rows after it do not count.
 
     Returns:
         `str`: 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, tensor in tensors:
-        if tensor.shape[:1] != (vocab_size,):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+    for name, tensor in sorted(saved_form(model).items()):
+        rows = model.config.get_text_config().vocab_size if vocab_size is not None else None
+        if rows is not None and tensor.shape[:1] == (rows,):
+            tensor = tensor[:vocab_size]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
     return digest.hexdigest()
 
 
-def fingerprint_llm(model_name_or_path: str) -> str:
-    """
-    The [`fingerprint`] of a saved LLM, the same for the LLM itself and for an LSM composed from it.
-
-    Args:
-        model_name_or_path (`str`): A causal LM or an LSM checkpoint: a folder or a Hub id.
-
-    Raises:
-        ValueError: If there are no safetensors files, or those of a slim checkpoint hold LoRA.
-    """
-    folder = Path(model_name_or_path)
-    if not folder.is_dir():
-        patterns = ["*.safetensors", "config.json"]
-        folder = Path(snapshot_download(model_name_or_path, allow_patterns=patterns))
-    where: dict[str, Path] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            where |= dict.fromkeys(weights.keys(), file)
-    if not where:
-        raise ValueError(f"{model_name_or_path} has no safetensors files. Save it anew with `save_pretrained`.")
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in config:
-        prefix = LSM_PREFIX
-        if config.get("lora_scaling") is not None:
-            raise ValueError(
-                f"The LLM of {model_name_or_path} is its base model with LoRA, which must be merged to be told from "
-                f"others: python -m modeling_lsm.composing --merge {model_name_or_path} --output_dir …"
-            )
-        if config.get("slim") and not any(name.startswith(prefix) for name in where):
-            return config["base_models"]["text"]["fingerprint"]
-    else:  # "model.", "transformer.", …: what all weights but the head's begin with
-        first = {name.split(".")[0] for name in where if not name.startswith("lm_head.")}
-        prefix = f"{first.pop()}." if len(first) == 1 else ""
-
-    def read_tensors():
-        for name in sorted(name for name in where if name.startswith(prefix) and not name.startswith("lm_head.")):
-            with safe_open(where[name], framework="pt") as weights:
-                yield name.removeprefix(prefix), weights.get_tensor(name)
-
-    return fingerprint(read_tensors(), config.get("text_config", config)["vocab_size"])
+def saved_form(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of `model` as `save_pretrained` writes them, by name, without the tied ones."""
+    weights = dict(model.named_parameters())
+    # What loading had to convert is the file's affair. `revert_weight_conversion` would revert that instead.
+    conversions = model.__dict__.pop("_weight_conversions", None)
+    try:
+        return revert_weight_conversion(model, weights)
+    finally:
+        if conversions is not None:
+            model._weight_conversions = conversions
 
 
-__all__ = ["fingerprint", "fingerprint_llm", "hash_text"]
+__all__ = ["fingerprint", "hash_text", "saved_form"]

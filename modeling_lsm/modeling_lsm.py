@@ -7,29 +7,32 @@ past the end of a clip, windows have a fixed duration, and windows of padding ar
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .assembling_lsm import assemble, download_checkpoint, whole_models
+from .assembling_lsm import load_slim, read_config
 from .configuration_lsm import LsmConfig
-from .projectors_lsm import PROJECTORS, LsmQFormerProjector
-from .slim_lsm import merged_config
+from .first_release_lsm import is_of_first_release, load_first_release
+from .projectors_lsm import PROJECTORS
 from .speech_encoder_lsm import LsmSpeechEncoder
+
+
+# Chunks of audio that are encoded at a time, of at most 30 s each: memory does not grow with the length of a clip.
+CHUNKS_AT_A_TIME = 16
+AUDIO_INPUTS = ("input_features", "input_features_mask", "encoder_hidden_states", "audio_embeds")
 
 
 @dataclass
@@ -59,23 +62,17 @@ class LsmCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class LsmPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and capabilities shared by the two LSM classes."""
+    """Loading and capabilities shared by the two LSM classes."""
 
     config: LsmConfig
-    base_model_prefix = "model"
+    base_model_prefix = "lsm"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    # The parts do the attending: each takes the implementation set on its own config.
+    # The parts do the attending: each takes the implementation set on its own config, or says that it cannot.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, LsmQFormerProjector):
-            init.normal_(module.queries, std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(
@@ -97,73 +94,45 @@ class LsmPreTrainedModel(PreTrainedModel):
             kwargs:
                 As in every model of transformers.
         """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        source = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
-        if kwargs.get("state_dict") is not None or pretrained_model_name_or_path is None:
-            slim = False
-        elif isinstance(config, PreTrainedConfig):
-            slim = config.slim
-        else:
-            saved, _ = LsmConfig.get_config_dict(config or pretrained_model_name_or_path, **source, **hub_kwargs)
-            slim = saved.get("slim", False)
-        if not slim:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        load, name = super().from_pretrained, pretrained_model_name_or_path
+        saved = read_config(name, **kwargs)
+        if saved.get("slim"):
+            return load_slim(cls, load, name, *model_args, config=config, base_folders=base_folders, **kwargs)
+        if is_of_first_release(saved):
+            return load_first_release(load, name, *model_args, config=config, **kwargs)
+        return load(name, *model_args, config=config, **kwargs)
 
-        for name in (*hub_names, *source):
-            kwargs.pop(name, None)
-        folder = download_checkpoint(os.fspath(pretrained_model_name_or_path), **source, **hub_kwargs)
-        if not isinstance(config, PreTrainedConfig):
-            # A config would take "auto" for a dtype.
-            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-            config, kwargs = LsmConfig.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
-            kwargs |= dtype
-        whole_config = merged_config(config)
-        with whole_models(), torch.device("meta"):
-            state_dict = dict(LsmForConditionalGeneration(whole_config).state_dict())
-        if config.tie_word_embeddings:
-            del state_dict["lm_head.weight"]
-        # Under ZeRO-3 the first process hands out the weights; the others need their names and shapes alone.
-        handed_out = is_deepspeed_zero3_enabled() and kwargs.get("quantization_config") is None
-        if not (handed_out and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            weights = assemble(folder, config, base_folders or {}, **hub_kwargs)
-            missing = sorted(state_dict.keys() - weights.keys())
-            if missing:
-                raise ValueError(
-                    f"The slim checkpoint {folder} and its base models lack {len(missing)} weights, as {missing[0]}. "
-                    "Save it anew with `LsmPipeline.save_pretrained(…, slim=True)`."
-                )
-            state_dict = weights
-            whole_config.base_models = config.base_models
-        if "generation_config" not in kwargs:
-            kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
-        loaded = super().from_pretrained(None, *model_args, config=whole_config, state_dict=state_dict, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
-        return loaded
+    def _take_capabilities(self, llm: PreTrainedModel):
+        """What depends on the LLM's architecture is as its own class says."""
+        self._is_stateful = llm._is_stateful
+        self._can_compile_fullgraph = llm._can_compile_fullgraph
+        self._supports_context_parallel = getattr(llm, "_supports_context_parallel", True)
 
 
 class LsmModel(LsmPreTrainedModel):
     """
-    The LSM without a language modeling head: `audio_tower` (Whisper's encoder), `projector` and `language_model`.
+    The LSM up to the LLM's last hidden states: `audio_tower` (Whisper's encoder), `projector` and `language_model`, a
+    causal LM with its own head, which this class does not use.
 
     Args:
         config ([`LsmConfig`]): Configuration. Weights are random: pretrained parts are put together by
             `modeling_lsm.composing`, whole checkpoints loaded with `from_pretrained`.
 
     Raises:
-        ValueError: If `config.projector_type` is unknown or does not fit `window_size` or `num_queries`.
+        ValueError: If the projector's type is unknown or does not fit `window_size` or `num_queries`.
     """
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
-        if config.projector_type not in PROJECTORS:
+        projector_type = config.projector_config.projector_type
+        if projector_type not in PROJECTORS:
             raise ValueError(
-                f"`projector_type` is {config.projector_type!r}; expected one of {', '.join(map(repr, PROJECTORS))}."
+                f"`projector_type` is {projector_type!r}; expected one of {', '.join(map(repr, PROJECTORS))}."
             )
         self.audio_tower = LsmSpeechEncoder._from_config(config.audio_config)
-        self.projector = PROJECTORS[config.projector_type](config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.projector = PROJECTORS[projector_type](config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self._take_capabilities(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -171,6 +140,10 @@ class LsmModel(LsmPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        """The LLM without its head."""
+        return next(child for child in self.language_model.children() if isinstance(child, PreTrainedModel))
 
     @property
     def _encoder_is_frozen(self) -> bool:
@@ -212,18 +185,9 @@ class LsmModel(LsmPreTrainedModel):
                 raise ValueError("`encoder_hidden_states` needs `input_features_mask`, which says how long clips are.")
             input_features_mask = input_features.new_ones(input_features.shape[::2], dtype=torch.long)
         if encoder_hidden_states is None:
-            # Gradient checkpointing makes the inputs of the encoder's first layer require gradients, so that autograd
-            # would run through a frozen encoder if it were not told otherwise.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_is_frozen):
-                audio_outputs = self.audio_tower(
-                    input_features.to(self.audio_tower.conv1.weight.dtype),
-                    input_features_mask=input_features_mask if self.config.encoder_padding == "longest" else None,
-                    **kwargs,
-                )
+            audio_outputs = self._encode(input_features, input_features_mask, **kwargs)
         else:
-            audio_outputs = BaseModelOutput(
-                last_hidden_state=encoder_hidden_states.to(self.audio_tower.conv1.weight.dtype)
-            )
+            audio_outputs = BaseModelOutput(last_hidden_state=encoder_hidden_states.to(self.audio_tower.dtype))
         lengths = self.config.timing.encoder_frames(input_features_mask.sum(-1))
         audio_embeds = self.projector(audio_outputs.last_hidden_state, lengths)
         return BaseModelOutputWithPooling(
@@ -231,6 +195,32 @@ class LsmModel(LsmPreTrainedModel):
             pooler_output=audio_embeds,
             hidden_states=audio_outputs.hidden_states,
             attentions=audio_outputs.attentions,
+        )
+
+    def _encode(self, features: torch.Tensor, mask: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """The encoder's output for spectrograms and their mask, see [`~LsmModel.get_audio_features`]."""
+        # Gradient checkpointing makes the inputs of the encoder's first layer require gradients, so that autograd
+        # would run through a frozen encoder if it were not told otherwise.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_is_frozen):
+            outputs = [
+                self.audio_tower(
+                    some_features.to(self.audio_tower.dtype),
+                    input_features_mask=some_mask if self.config.encoder_padding == "longest" else None,
+                    **kwargs,
+                )
+                for some_features, some_mask in zip(
+                    features.split(CHUNKS_AT_A_TIME), mask.split(CHUNKS_AT_A_TIME), strict=True
+                )
+            ]
+        if len(outputs) == 1:
+            return outputs[0]
+        return BaseModelOutput(
+            last_hidden_state=torch.cat([output.last_hidden_state for output in outputs]),
+            **{
+                name: tuple(map(torch.cat, zip(*(output[name] for output in outputs), strict=True)))
+                for name in ("hidden_states", "attentions")
+                if outputs[0].get(name) is not None
+            },
         )
 
     def get_placeholder_mask(
@@ -256,6 +246,63 @@ class LsmModel(LsmPreTrainedModel):
         )
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
+    def embed(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
+        **audio_inputs: torch.Tensor | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        r"""
+        Makes what the LLM reads: embeddings of words, with those of speech in their places.
+
+        Args:
+            audio_inputs: Arguments of [`~LsmModel.get_audio_features`]; the others are those of [`~LsmModel.forward`].
+
+        Returns:
+            The LLM's inputs, `inputs_embeds` of shape `(batch, sequence, hidden_size)` and whatever else it takes from
+            the ids, and the audio embeddings, `(audio tokens, hidden_size)`, or `None`.
+        """
+        has_audio = any(
+            value is not None
+            for value in (audio_embeds, audio_inputs.get("input_features"), audio_inputs.get("encoder_hidden_states"))
+        )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is None:
+            if has_audio:
+                raise ValueError("Audio needs `input_ids`, whose placeholders say where it goes.")
+            return {"inputs_embeds": inputs_embeds}, None
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if has_audio:
+            if audio_embeds is None:
+                audio_embeds = self.get_audio_features(**audio_inputs, return_dict=True).pooler_output
+            audio_embeds = audio_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+            audio_mask = self.get_placeholder_mask(input_ids, inputs_embeds, audio_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(audio_mask, audio_embeds)
+        elif input_ids.shape[1] > 1:
+            # A prompt. What is generated comes token by token: it cannot be a placeholder, and looking costs a sync.
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
+            inputs_embeds = self._run_all_parts(inputs_embeds)
+        inputs = {"inputs_embeds": inputs_embeds}
+        if getattr(self.config.text_config, "hidden_size_per_layer_input", None):
+            # Gemma 3n and 4 look ids up once more for every layer: speech is padding there, as in their own models.
+            padding = self.config.text_config.pad_token_id or 0
+            ids = input_ids.masked_fill(input_ids == self.config.audio_token_id, padding)
+            inputs["per_layer_inputs"] = self.get_decoder().get_per_layer_inputs(ids)
+        return inputs, audio_embeds
+
+    def _run_all_parts(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Embeddings of a batch of text alone, after the audio parts have run for nothing where that is needed."""
+        # Under ZeRO-3, whose parameters have a `ds_id`, processes that run different parts would wait for each other
+        # for ever; so would gradients under DDP.
+        if not self.training and not hasattr(self.get_input_embeddings().weight, "ds_id"):
+            return inputs_embeds
+        mel_frames = self.config.window_size * self.config.timing.ENCODER_STRIDE
+        silence = inputs_embeds.new_zeros(1, self.config.audio_config.num_mel_bins, mel_frames)
+        silence = self.get_audio_features(silence, return_dict=True).pooler_output
+        return inputs_embeds + 0.0 * silence.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+
     @can_return_tuple
     def forward(
         self,
@@ -267,6 +314,7 @@ class LsmModel(LsmPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LsmModelOutputWithPast:
@@ -280,6 +328,8 @@ class LsmModel(LsmPreTrainedModel):
                 1 for the frames of a clip, 0 for padding after it.
             encoder_hidden_states (`torch.Tensor` of shape `(chunks, frames, d_model)`, *optional*):
                 The encoder's output in the place of `input_features`, see [`~LsmModel.get_audio_features`].
+            audio_embeds (`torch.Tensor` of shape `(audio tokens, hidden_size)`, *optional*):
+                The audio embeddings of all clips in the place of both: `get_audio_features(…).pooler_output`.
             attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
                 As in every causal LM of transformers.
 
@@ -289,34 +339,16 @@ class LsmModel(LsmPreTrainedModel):
         Raises:
             ValueError: If audio placeholders and audio embeddings do not match in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        has_audio = input_features is not None or encoder_hidden_states is not None
-        if has_audio and input_ids is None:
-            raise ValueError("Audio needs `input_ids`, whose placeholders say where it goes.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        audio_embeds = None
-        if has_audio:
-            audio_embeds = self.get_audio_features(
-                input_features, input_features_mask, encoder_hidden_states, return_dict=True
-            ).pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            audio_mask = self.get_placeholder_mask(input_ids, inputs_embeds, audio_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(audio_mask, audio_embeds)
-        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            # Only where a prompt begins: generated tokens cannot be placeholders, and looking costs a GPU sync.
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
-            if self.training or hasattr(self.get_input_embeddings().weight, "ds_id"):
-                # A batch of text alone goes through all parts, too: under ZeRO-3, whose parameters have a `ds_id`,
-                # processes that run different ones would wait for each other for ever.
-                mel_frames = self.config.window_size * self.config.timing.ENCODER_STRIDE
-                silence = inputs_embeds.new_zeros(1, self.config.audio_config.num_mel_bins, mel_frames)
-                silence = self.get_audio_features(silence, return_dict=True).pooler_output
-                inputs_embeds = inputs_embeds + 0.0 * silence.sum().to(inputs_embeds.device, inputs_embeds.dtype)
-
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+        inputs, audio_embeds = self.embed(
+            input_ids,
+            inputs_embeds,
+            audio_embeds,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        outputs = self.get_decoder()(
+            **inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -325,9 +357,9 @@ class LsmModel(LsmPreTrainedModel):
         )
         return LsmModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             audio_hidden_states=audio_embeds,
         )
 
@@ -362,42 +394,54 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
     >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     ```"""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: LsmConfig):
         super().__init__(config)
-        self.model = LsmModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # Most LLMs call their input embeddings `embed_tokens`; GPT-2 and its kin do not.
-        embeddings = self.model.get_input_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.lsm = LsmModel(config)
+        self._take_capabilities(self.lsm.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        return self.lsm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
+        self.lsm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lsm.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lsm.language_model.set_output_embeddings(value)
 
     def get_audio_features(self, *args, **kwargs):
         """See [`LsmModel.get_audio_features`]."""
-        return self.model.get_audio_features(*args, **kwargs)
+        return self.lsm.get_audio_features(*args, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.lsm.language_model._supports_default_dynamic_cache()
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict[str, Any]:
+        """The LLM's own, with the audio wherever the whole prompt is fed: at first, without a cache, or anew."""
+        audio = {name: kwargs.pop(name) for name in AUDIO_INPUTS if name in kwargs}
+        inputs = self.lsm.language_model.prepare_inputs_for_generation(input_ids, **kwargs)
+        feeds_prompt = kwargs.get("is_first_iteration") or inputs.get("past_key_values") is None
+        return {**inputs, **audio} if feeds_prompt else inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, input_features=None, **model_kwargs
-    ):
-        # A row may hold several chunks, of which the base class would make [a, a, b, b] rather than [a, b, a, b].
-        audio = {}
-        if input_features is not None:
-            mask = model_kwargs.pop("input_features_mask", None)
-            if mask is None:
-                mask = input_features.new_ones(input_features.shape[::2], dtype=torch.long)
-            chunk_ends = self.config.timing.audio_tokens(mask.sum(-1)).cumsum(0)
-            row_ends = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0).to(chunk_ends.device)
-            rows = torch.searchsorted(row_ends, chunk_ends)  # [chunks], the row that each belongs to
-            order = rows.repeat(expand_size).argsort(stable=True) % len(rows)
-            audio = {"input_features": input_features[order], "input_features_mask": mask[order]}
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        # Clips are heard once, however many beams or answers there are. A row may hold several of them, or none.
+        audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if model_kwargs.get(name) is not None}
+        if expand_size > 1 and audio:
+            audio_embeds = audio.pop("audio_embeds", None)
+            if audio_embeds is None:
+                audio_embeds = self.get_audio_features(**audio, return_dict=True).pooler_output
+            is_audio = self.lsm.get_placeholder_mask(input_ids, input_ids[..., None], audio_embeds)[..., 0]
+            rows = audio_embeds.split(is_audio.sum(-1).tolist())
+            audio = {"audio_embeds": torch.cat([row.repeat(expand_size, 1) for row in rows])}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -414,64 +458,63 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        labelled_logits_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LsmCausalLMOutputWithPast:
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 Token ids to predict, -100 where nothing is to be learnt: prompts, audio placeholders, padding.
+            shift_labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                What each position is to predict, where the sequence is spread over processes and the next token is
+                another's (context and sequence parallelism).
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                The last positions (or the positions given) whose logits are computed; 0 for all.
-            labelled_logits_only (`bool`, *optional*, defaults to `False`):
-                Compute no logits but those that predict a label. In training they are few beside prompt and speech.
+                The last positions (or the positions given) whose logits are computed; 0 for all. A boolean mask of
+                shape `(batch, sequence)`, with labels or without, keeps those of its positions: in training, the ones
+                that predict a label are few beside prompt and speech. It needs transformers 5.21 or newer.
 
         The other arguments are those of [`LsmModel.forward`].
 
         Returns:
-            [`LsmCausalLMOutputWithPast`] whose `logits` have the shape `(batch, sequence, vocab_size)`, or, with
-            `labelled_logits_only`, `(labels, vocab_size)`: those that predict the labels, row by row.
+            [`LsmCausalLMOutputWithPast`] whose `logits` have the shape `(batch, sequence, vocab_size)`, or, with a
+            mask, `(positions kept, vocab_size)`, row by row.
         """
-        outputs = self.model(
-            input_ids=input_ids,
+        inputs, audio_embeds = self.lsm.embed(
+            input_ids,
+            inputs_embeds,
+            audio_embeds,
             input_features=input_features,
             input_features_mask=input_features_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        if labels is None:
+            labels = shift_labels
+        if labels is not None:
+            if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+                if shift_labels is None:
+                    shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                shift_labels = shift_labels[logits_to_keep]
+            kwargs |= {"labels": labels} if shift_labels is None else {"labels": labels, "shift_labels": shift_labels}
+        outputs = self.lsm.language_model(
+            **inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
             use_cache=use_cache,
-            return_dict=True,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        hidden_states, shift_labels = outputs.last_hidden_state, None
-        if labelled_logits_only:
-            is_predicted = labels[:, 1:] != -100
-            hidden_states = hidden_states[:, :-1][is_predicted]  # [labels, hidden_size]
-            shift_labels = labels[:, 1:][is_predicted]
-        else:
-            hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                shift_labels=shift_labels,
-                **kwargs,
-            )
         return LsmCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            audio_hidden_states=outputs.audio_hidden_states,
+            loss=outputs.get("loss"),
+            logits=outputs.logits,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            audio_hidden_states=audio_embeds,
         )
 
 

@@ -3,12 +3,18 @@
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
+from transformers import Blip2QFormerModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
+from transformers.utils import logging
+from transformers.utils.generic import is_flash_attention_requested
 
-from .configuration_lsm import LsmConfig
+from .configuration_lsm import AudioTiming, LsmConfig, LsmProjectorConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
@@ -17,34 +23,67 @@ def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
 
 
 def split_into_windows(
-    hidden_states: torch.Tensor, lengths: torch.Tensor, config: LsmConfig
+    hidden_states: torch.Tensor, lengths: torch.Tensor, timing: AudioTiming
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cuts encoder frames into windows of `config.window_size` frames and keeps the windows that hold speech.
+    Cuts encoder frames into windows of `timing.window_size` frames and keeps the windows that hold speech.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(chunks, frames, d_model)`): Encoder output.
         lengths (`torch.Tensor` of shape `(chunks,)`): Frames of each chunk that are not padding.
-        config ([`LsmConfig`]): Gives the window size.
+        timing ([`AudioTiming`]): Gives the window size.
 
     Returns:
         The windows, `(windows, window_size, d_model)`, with zeros after the end of a clip, and their mask,
         `(windows, window_size)`. All windows of the first chunk come first, in order of time.
     """
     chunks, frames, _ = hidden_states.shape
-    window_counts = config.timing.windows(lengths)  # [chunks]
-    max_windows = config.timing.windows(frames)
-    padded_frames = max_windows * config.window_size
+    window_counts = timing.windows(lengths)  # [chunks]
+    max_windows = timing.windows(frames)
+    padded_frames = max_windows * timing.window_size
     frame_mask = length_mask(lengths, padded_frames)
     hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, padded_frames - frames))
     hidden_states = hidden_states * frame_mask[..., None].to(hidden_states.dtype)
 
     keep = length_mask(window_counts, max_windows)  # [chunks, max_windows]
-    windows = hidden_states.view(chunks, max_windows, config.window_size, -1)[keep]
-    return windows, frame_mask.view(chunks, max_windows, config.window_size)[keep]
+    windows = hidden_states.view(chunks, max_windows, timing.window_size, -1)[keep]
+    return windows, frame_mask.view(chunks, max_windows, timing.window_size)[keep]
 
 
-class LsmQFormerProjector(nn.Module):
+class LsmProjector(PreTrainedModel):
+    """
+    What projectors share. One maps encoder output `(chunks, frames, d_model)` and the chunks' lengths `(chunks,)`, in
+    frames, to packed audio embeddings `(audio tokens, LLM width)`, as many per chunk as `AudioTiming.audio_tokens`
+    says, through a last layer called `output` whose input has unit variance.
+
+    Args:
+        config ([`LsmConfig`]): The config of the whole model. `self.config` is its `projector_config`.
+    """
+
+    config: LsmProjectorConfig
+    base_model_prefix = "projector"
+    input_modalities = ("audio",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LsmConfig):
+        super().__init__(config.projector_config)
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+
+
+class LsmQFormer(Blip2QFormerModel):
+    """BLIP-2's Q-Former, which has no flash attention: asked for it, it says so and takes SDPA."""
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if is_flash_attention_requested(requested_attention_implementation=requested_attention):
+            logger.warning_once("The Q-Former has no flash attention: it takes SDPA, the other parts take it.")
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+
+class LsmQFormerProjector(LsmProjector):
     """
     Window-level Q-Former: `num_queries` learned queries attend to the frames of one window at a time
     ([Yu et al., 2024](https://huggingface.co/papers/2410.03798), after
@@ -52,27 +91,22 @@ class LsmQFormerProjector(nn.Module):
     """
 
     def __init__(self, config: LsmConfig):
-        super().__init__()
-        self.config = config
-        width = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        super().__init__(config)
+        self.timing = config.timing
+        width = self.config.hidden_size
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, width))
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=width,
-                num_hidden_layers=config.projector_num_layers,
-                num_attention_heads=config.projector_num_attention_heads,
-                intermediate_size=4 * width,
-                hidden_dropout_prob=config.projector_dropout,
-                attention_probs_dropout_prob=config.projector_dropout,
-                cross_attention_frequency=1,
-                encoder_hidden_size=config.audio_config.d_model,
-            )
-        )
+        self.qformer = LsmQFormer(self.config)
         self.output = nn.Linear(width, config.text_config.hidden_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.queries, std=self.config.initializer_range)
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.timing)
         query_states = self.qformer(
             query_embeds=self.queries.expand(len(windows), -1, -1),
             encoder_hidden_states=windows,
@@ -81,37 +115,39 @@ class LsmQFormerProjector(nn.Module):
         return self.output(query_states.flatten(0, 1))
 
 
-class LsmMlpProjector(nn.Module):
+class LsmMlpProjector(LsmProjector):
     """Frame stacking and an MLP: the frames of a window, put side by side, give one audio token."""
 
     def __init__(self, config: LsmConfig):
-        super().__init__()
+        super().__init__(config)
         require_one_query(config)
-        self.config = config
-        width = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
-        in_features = [config.window_size * config.audio_config.d_model] + [width] * (config.projector_num_layers - 1)
+        self.timing = config.timing
+        width = self.config.hidden_size
+        in_features = [config.window_size * config.audio_config.d_model] + [width] * (
+            self.config.num_hidden_layers - 1
+        )
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in in_features)
-        self.dropout = nn.Dropout(config.projector_dropout)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
         self.output_norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, config.text_config.hidden_size)
+        self.post_init()
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
+        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.timing)
         stacked = windows.flatten(1)  # [windows, window_size * d_model]
         for layer in self.layers:
             stacked = self.dropout(ACT2FN["gelu"](layer(stacked)))
         return self.output(self.output_norm(stacked))
 
 
-class LsmConvProjector(nn.Module):
+class LsmConvProjector(LsmProjector):
     """
     Strided convolutions: each halves the frame rate, so `window_size` is a power of two, and an audio token sees a
     little of the windows beside its own.
     """
 
     def __init__(self, config: LsmConfig):
-        super().__init__()
+        super().__init__(config)
         require_one_query(config)
         num_layers = config.window_size.bit_length() - 1
         if config.window_size != 2**num_layers or num_layers < 1:
@@ -119,15 +155,15 @@ class LsmConvProjector(nn.Module):
                 f"The conv projector halves the frame rate with every layer, so `window_size` must be a power of two, "
                 f"got {config.window_size}. Use 8 or 16, or projector_type='qformer', which takes any window size."
             )
-        width = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        width = self.config.hidden_size
         channels = [config.audio_config.d_model] + [width] * num_layers
         self.layers = nn.ModuleList(
             nn.Conv1d(channels[i], channels[i + 1], kernel_size=3, stride=2, padding=1) for i in range(num_layers)
         )
-        self.dropout = nn.Dropout(config.projector_dropout)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
         self.output_norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, config.text_config.hidden_size)
+        self.post_init()
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         hidden_states = self.layer_norm(hidden_states).transpose(1, 2)  # [chunks, d_model, frames]
@@ -140,47 +176,38 @@ class LsmConvProjector(nn.Module):
         return self.output(self.output_norm(packed))
 
 
-class LsmTransformerProjector(nn.Module):
+class LsmTransformerProjector(LsmProjector):
     """
     Frame stacking and a Transformer: the frames of a window, put side by side, give one audio token, and every audio
     token attends to those of its whole chunk. The layers are those of Whisper's encoder.
     """
 
     def __init__(self, config: LsmConfig):
-        super().__init__()
+        super().__init__(config)
         require_one_query(config)
-        self.config = config
-        width, heads = config.projector_hidden_size, config.projector_num_attention_heads
+        self.timing = config.timing
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
         if width % heads:
             raise ValueError(
                 f"`projector_hidden_size` is {width}, which {heads} attention heads cannot share evenly. Choose a "
                 f"width that is a multiple of {heads}, or another `projector_num_attention_heads`."
             )
-        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
         self.input = nn.Linear(config.window_size * config.audio_config.d_model, width)
         # Relative positions come from a convolution, as in wav2vec 2.0 (https://huggingface.co/papers/2006.11477).
         self.position = nn.Conv1d(width, width, kernel_size=5, padding=2, groups=heads)
-        self.layer_config = WhisperConfig(
-            d_model=width,
-            encoder_attention_heads=heads,
-            encoder_ffn_dim=4 * width,
-            dropout=config.projector_dropout,
-            attention_dropout=config.projector_dropout,
-            activation_dropout=config.projector_dropout,
-            attn_implementation="sdpa",
-        )
-        self.layers = nn.ModuleList(WhisperEncoderLayer(self.layer_config) for _ in range(config.projector_num_layers))
+        self.layers = nn.ModuleList(WhisperEncoderLayer(self.config) for _ in range(self.config.num_hidden_layers))
         self.output_norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, config.text_config.hidden_size)
+        self.post_init()
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.config)
-        counts = self.config.timing.windows(lengths)  # [chunks]
+        windows, _ = split_into_windows(self.layer_norm(hidden_states), lengths, self.timing)
+        counts = self.timing.windows(lengths)  # [chunks]
         states = ACT2FN["gelu"](self.input(windows.flatten(1)))
         states = pad_sequence(states.split(counts.tolist()), batch_first=True)  # [chunks, windows, width]
         states = states + ACT2FN["gelu"](self.position(states.transpose(1, 2))).transpose(1, 2)
         mask = length_mask(counts, states.shape[1])
-        attention_mask = create_bidirectional_mask(config=self.layer_config, inputs_embeds=states, attention_mask=mask)
+        attention_mask = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=mask)
         for layer in self.layers:
             states = layer(states, attention_mask)
         return self.output(self.output_norm(states[mask]))
@@ -190,14 +217,12 @@ def require_one_query(config: LsmConfig) -> None:
     """Raises a `ValueError` unless `config` asks for one audio token per window."""
     if config.num_queries != 1:
         raise ValueError(
-            f"`num_queries` is {config.num_queries}, but the {config.projector_type} projector makes exactly 1 audio "
-            "token per window. Set num_queries=1 or projector_type='qformer'."
+            f"`num_queries` is {config.num_queries}, but the {config.projector_config.projector_type} projector makes "
+            "exactly 1 audio token per window. Set num_queries=1 or projector_type='qformer'."
         )
 
 
-# A projector maps encoder output `(chunks, frames, d_model)` and the chunks' lengths `(chunks,)`, in frames, to packed
-# audio embeddings `(audio tokens, LLM width)`, as many per chunk as `AudioTiming.audio_tokens` says, through a last
-# layer called `output` whose input has unit variance. To add one, add it here.
+# To add a projector, add it here.
 PROJECTORS = {
     "qformer": LsmQFormerProjector,
     "mlp": LsmMlpProjector,

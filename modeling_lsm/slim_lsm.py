@@ -16,9 +16,9 @@ from .configuration_lsm import LsmConfig
 
 
 PREFIXES = {
-    "encoder": ("model.audio_tower.",),
-    "projector": ("model.projector.",),
-    "llm": ("model.language_model.", "lm_head."),
+    "encoder": ("lsm.audio_tower.",),
+    "projector": ("lsm.projector.",),
+    "llm": ("lsm.language_model.",),
 }
 BASES = {"encoder": "speech", "llm": "text"}  # the keys of `config.base_models`; a projector has no base
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -91,8 +91,7 @@ def trained_state_dict(
     tensors = {plain_name(name): tensor for name, tensor in (own if state_dict is None else state_dict).items()}
     from_bases = parts_from_bases(model.config)
     names = {name for name in names if name.endswith((LORA_A, LORA_B)) or part_of(name) not in from_bases}
-    if model.config.tie_word_embeddings:
-        names.discard("lm_head.weight")
+    names -= model.all_tied_weights_keys.keys()
     missing = sorted(names - tensors.keys())
     if missing:
         raise ValueError(

@@ -21,7 +21,7 @@ class LsmSpeechEncoder(WhisperEncoder):
     and with a mask that keeps the frames after the end of a clip from reaching the ones before it.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # a whole Whisper loads without a remark
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\."]  # a whole Whisper loads without a remark
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -65,7 +65,9 @@ class LsmSpeechEncoder(WhisperEncoder):
         if input_features_mask is not None:
             hidden_states = hidden_states * mel_mask
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)  # [chunks, frames, d_model]
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        # Called rather than sliced: where weights are offloaded, accelerate brings them in when a module is called.
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
         attention_mask = None

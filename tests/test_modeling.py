@@ -8,6 +8,7 @@ from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from modeling_lsm import LsmForConditionalGeneration, LsmModel, make_chat
+from modeling_lsm.data.collating import predicts_label
 from tests import tiny
 from tests.tiny import ask, noise
 
@@ -68,7 +69,7 @@ def test_save_and_reload_give_equal_logits(tmp_path, settings, tied, encoder_pad
     reloaded, report = LsmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert torch.equal(reloaded(**inputs).logits, expected)
-    same = reloaded.lm_head.weight is reloaded.get_input_embeddings().weight
+    same = reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight
     assert same is tied
 
 
@@ -109,8 +110,7 @@ def test_audio_embeddings_do_not_depend_on_longer_neighbours(settings):
 def test_without_audio_it_is_its_llm(tied):
     model, processor = tiny.make_pair(text_config=tiny.llm_config(tie_word_embeddings=tied).to_dict())
     llm = LlamaForCausalLM(model.config.text_config).eval()
-    weights = {f"model.{name}": value for name, value in model.model.language_model.state_dict().items()}
-    llm.load_state_dict({**weights, "lm_head.weight": model.lm_head.weight})
+    llm.load_state_dict(model.lsm.language_model.state_dict())
     inputs = ask(
         processor,
         [{"role": "user", "content": "Who wrote this?"}],
@@ -129,13 +129,13 @@ def test_other_llms(tmp_path):
     for text_config in (gpt2, qwen2):
         model, processor = tiny.make_pair(text_config=text_config.to_dict())
         tied = text_config.tie_word_embeddings
-        assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
         inputs = ask(processor, *chats_of_all_kinds()[2:4])
         folder = tmp_path / text_config.model_type
         model.save_pretrained(folder)
         reloaded, report = LsmForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report
-        assert (reloaded.lm_head.weight is reloaded.get_input_embeddings().weight) is tied
+        assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) is tied
         assert torch.equal(reloaded(**inputs).logits, model(**inputs).logits)
         answers = [model.generate(**inputs, max_new_tokens=6, use_cache=use_cache) for use_cache in (True, False)]
         assert torch.equal(*answers)
@@ -284,34 +284,34 @@ def test_gradient_checkpointing_gives_the_same_gradients(settings, reentrant):
         else:
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: n + m)
     unused = {name for name, gradient in gradients[0].items() if gradient is None}
-    assert unused <= {"model.audio_tower.embed_positions.weight"}
+    assert unused <= {"lsm.audio_tower.embed_positions.weight"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_no_autograd_through_a_frozen_encoder(checkpointing):
     model, processor = tiny.make_pair(audio_config=tiny.whisper_config(dropout=0.5, encoder_layerdrop=0.5).to_dict())
-    model.model.audio_tower.requires_grad_(False)
+    model.lsm.audio_tower.requires_grad_(False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    assert model.training and model.model.projector.training
-    assert not any(module.training for module in model.model.audio_tower.modules())
+    assert model.training and model.lsm.projector.training
+    assert not any(module.training for module in model.lsm.audio_tower.modules())
 
     seen = []
-    model.model.audio_tower.register_forward_hook(lambda _, __, outputs: seen.append(outputs.last_hidden_state))
+    model.lsm.audio_tower.register_forward_hook(lambda _, __, outputs: seen.append(outputs.last_hidden_state))
     inputs = ask(processor, make_chat("Say.", audio=noise(3)))
     for _ in range(2):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert not any(states.requires_grad for states in seen)
     assert torch.equal(*seen)  # no dropout
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without == {f"model.audio_tower.{name}" for name, _ in model.model.audio_tower.named_parameters()}
+    assert without == {f"lsm.audio_tower.{name}" for name, _ in model.lsm.audio_tower.named_parameters()}
 
-    model.model.audio_tower.requires_grad_(True)
+    model.lsm.audio_tower.requires_grad_(True)
     model.train()
-    assert model.model.audio_tower.training
-    assert not model.eval().model.audio_tower.training
+    assert model.lsm.audio_tower.training
+    assert not model.eval().lsm.audio_tower.training
 
 
 def test_an_encoder_that_trains_gets_gradients():
@@ -319,7 +319,7 @@ def test_an_encoder_that_trains_gets_gradients():
     model.train()
     inputs = ask(processor, make_chat("Say.", audio=noise(3)))
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert model.model.audio_tower.conv1.weight.grad.abs().max() > 0
+    assert model.lsm.audio_tower.conv1.weight.grad.abs().max() > 0
 
 
 def test_loss_is_cross_entropy_over_the_labels(model, processor):
@@ -348,7 +348,8 @@ def test_logits_at_labels_only(model, processor):
     inputs = ask(processor, *chats_of_all_kinds()[:3])
     labels = inputs["input_ids"].masked_fill(torch.rand(inputs["input_ids"].shape) < 0.7, -100)
     with torch.no_grad():
-        everywhere, some = model(**inputs, labels=labels), model(**inputs, labels=labels, labelled_logits_only=True)
+        everywhere = model(**inputs, labels=labels)
+        some = model(**inputs, labels=labels, logits_to_keep=predicts_label(labels))
     assert some.logits.shape == ((labels[:, 1:] != -100).sum(), model.config.text_config.vocab_size)
     torch.testing.assert_close(some.logits, everywhere.logits[:, :-1][labels[:, 1:] != -100])
     torch.testing.assert_close(some.loss, everywhere.loss)
@@ -374,7 +375,7 @@ def test_text_alone_runs_every_part_in_training(model, processor):
     model.train()
     torch.testing.assert_close(model(**inputs).logits, expected)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.model.projector.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in model.lsm.projector.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -415,7 +416,7 @@ def test_attention_implementations_agree(tmp_path, settings):
         LsmForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=name) for name in ("eager", "sdpa")
     )
     for loaded, name in ((eager, "eager"), (sdpa, "sdpa")):
-        parts = [loaded.model.audio_tower, loaded.model.language_model]
+        parts = [loaded.lsm.audio_tower, loaded.lsm.language_model]
         assert [part.config._attn_implementation for part in parts] == [name, name]
     for one, other in zip(logits_of_rows(eager, inputs), logits_of_rows(sdpa, inputs), strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
@@ -426,13 +427,13 @@ def test_attention_can_be_chosen_per_part(tmp_path, model):
     loaded = LsmForConditionalGeneration.from_pretrained(
         tmp_path, attn_implementation={"text_config": "eager", "audio_config": "sdpa"}
     )
-    assert loaded.model.language_model.config._attn_implementation == "eager"
-    assert loaded.model.audio_tower.config._attn_implementation == "sdpa"
+    assert loaded.lsm.language_model.config._attn_implementation == "eager"
+    assert loaded.lsm.audio_tower.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_speech_encoder_is_whispers_at_30_seconds(model, implementation):
-    encoder = model.model.audio_tower
+    encoder = model.lsm.audio_tower
     whisper = WhisperEncoder(encoder.config).eval()
     whisper.load_state_dict(encoder.state_dict())
     for module in (encoder, whisper):
@@ -446,7 +447,7 @@ def test_speech_encoder_is_whispers_at_30_seconds(model, implementation):
 
 def test_new_models_have_whispers_positions():
     model = LsmForConditionalGeneration(tiny.model_config())
-    positions = model.model.audio_tower.embed_positions
+    positions = model.lsm.audio_tower.embed_positions
     assert torch.equal(positions.weight, WhisperModel(tiny.whisper_config()).encoder.embed_positions.weight)
     assert positions.weight.std() > 0.5 and not positions.weight.requires_grad
 
@@ -455,7 +456,7 @@ def test_encoder_padding_decides_whether_silence_is_attended(processor):
     """With `"max_length"` the encoder sees 30 s as Whisper does: its output is Whisper's, bit for bit."""
     model = tiny.make_model(encoder_padding="max_length")
     whisper = WhisperEncoder(model.config.audio_config).eval()
-    whisper.load_state_dict(model.model.audio_tower.state_dict())
+    whisper.load_state_dict(model.lsm.audio_tower.state_dict())
     features = processor.feature_extractor(noise(4), sampling_rate=16_000, return_tensors="pt")["input_features"]
     mask = (torch.arange(3000) < 400).long()[None]
     states = model.get_audio_features(features, mask).last_hidden_state
@@ -481,7 +482,7 @@ def test_base_model_gives_what_the_head_reads(model, processor):
     inputs = ask(processor, make_chat("Say.", audio=noise(1)))
     assert isinstance(model.base_model, LsmModel)
     states = model.base_model(**inputs).last_hidden_state
-    assert torch.equal(model.lm_head(states), model(**inputs).logits)
+    assert torch.equal(model.get_output_embeddings()(states), model(**inputs).logits)
 
 
 class TestRefusals:
@@ -500,7 +501,7 @@ class TestRefusals:
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.audio_token_id, 7)
         with pytest.raises(ValueError, match=r"holds 0 audio placeholders .* gives 3 audio embeddings"):
             model(**inputs)
-        with pytest.raises(ValueError, match=r"holds 0 audio placeholders .* gives 6 audio embeddings"):
+        with pytest.raises(ValueError, match=r"holds 0 audio placeholders .* gives 3 audio embeddings"):
             model.generate(**inputs, max_new_tokens=2, num_beams=2)
 
     def test_truncated_placeholders(self, model, processor):
@@ -560,7 +561,7 @@ def test_embeddings_alone_are_enough(model):
 def test_learns_to_tell_two_sounds_apart(settings):
     """Forty steps on two prompts that differ in their audio alone: a low and a high tone, to be called so."""
     model, processor = tiny.make_pair(**settings)
-    model.model.audio_tower.requires_grad_(False)
+    model.lsm.audio_tower.requires_grad_(False)
     model.train()
     sounds = {"low": tiny.tone(300, 1), "top": tiny.tone(3000, 1)}
     chats = [make_chat("Which?", audio=sound, target=name) for name, sound in sounds.items()]

@@ -345,7 +345,7 @@ class TestCard:
                 part = "encoder" if ".audio_tower." in name else "projector" if ".projector." in name else "llm"
                 sizes[part] += tensor.numel()
         head = 264 * 32
-        llm = sum(p.numel() for p in model.model.language_model.parameters())
+        llm = sum(p.numel() for p in model.lsm.language_model.parameters())
         assert sizes["llm"] == llm + (0 if tied else head)
         card = model_card(model, "someone/lsm")
         rows = dict(zip(sizes, re.findall(r"^\| .* \| ([\d,]+) \| (yes|no) \|$", card, re.MULTILINE), strict=True))

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_lsm import LsmForConditionalGeneration, LsmModel, LsmPipeline, LsmProcessor, composing, make_chat
+from modeling_lsm.augmentation.provenance import fingerprint_llm
 from modeling_lsm.card_lsm import model_card
 from modeling_lsm.composing import check_checkpoint, compose
-from modeling_lsm.fingerprints import fingerprint_llm
 from modeling_lsm.slim_lsm import can_be_slim, merged_state_dict, trained_state_dict
 from modeling_lsm.training import add_lora, set_trained_parts
 from tests import tiny
@@ -79,7 +79,7 @@ def slim(composed, tmp_path) -> Path:
     return save(model, processor, tmp_path / "slim", slim=True)
 
 
-PROJECTOR, ENCODER, LLM = "model.projector.", "model.audio_tower.", ("model.language_model.", "lm_head.")
+PROJECTOR, ENCODER, LLM = "lsm.projector.", "lsm.audio_tower.", ("lsm.language_model.",)
 
 
 class TestSlimIsWhole:
@@ -113,7 +113,7 @@ class TestSlimIsWhole:
         if lora:
             expected |= {n.replace(".default.", "."): t for n, t in weights.items() if ".lora_" in n}
         if tied:
-            expected.pop("lm_head.weight", None)
+            expected.pop("lsm.language_model.lm_head.weight", None)
         saved = load_file(slim / "model.safetensors")
         assert saved.keys() == expected.keys()
         assert all(torch.equal(saved[name], expected[name]) for name in saved)
@@ -126,7 +126,7 @@ class TestSlimIsWhole:
         if not lora:
             assert torch.equal(logits(loaded, processor), logits(model, processor))
         assert any(not torch.equal(tensor, start[name]) for name, tensor in loaded.state_dict().items())
-        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
+        assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is tied
 
     def test_nothing_trained_yet(self, composed, tmp_path):
         model, processor = composed
@@ -149,7 +149,7 @@ class TestSlimIsWhole:
             torch.testing.assert_close(logits(load(folder), processor), reference, atol=1e-5, rtol=0.0)
         trained = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name or ".projector." in name}
         assert trained_state_dict(model, trained).keys() == load_file(slim / "model.safetensors").keys()
-        with pytest.raises(ValueError, match=r"lacks \d+ weights that no base model has, as model\.projector\."):
+        with pytest.raises(ValueError, match=r"lacks \d+ weights that no base model has, as lsm\.projector\."):
             trained_state_dict(model, {name: tensor for name, tensor in trained.items() if ".lora_" in name})
 
     def test_several_files(self, composed, tmp_path):
@@ -198,7 +198,7 @@ class TestSlimIsWhole:
             train(model, ["projector", "llm"] if lora else ["projector"], lora, seed=1)
             again = save(model, processor, tmp_path / f"again-{lora}", slim=True)
             names = set(load_file(again / "model.safetensors"))
-            assert any(name.startswith("model.language_model.embed") for name in names)
+            assert any(name.startswith("lsm.language_model.model.embed") for name in names)
             assert not any(".lora_" in name or name.startswith(ENCODER) for name in names)
             saved = json.loads((again / "config.json").read_text())
             assert saved["slim"] and saved["lora_scaling"] is None
@@ -253,7 +253,7 @@ class TestArguments:
         loaded = load(slim, encoder_padding="max_length", attn_implementation="eager", device_map="cpu")
         assert loaded.config.encoder_padding == "max_length"
         assert loaded.config.text_config._attn_implementation == "eager"
-        assert loaded.model.language_model.config._attn_implementation == "eager"
+        assert loaded.lsm.language_model.config._attn_implementation == "eager"
         assert loaded.name_or_path == loaded.config.name_or_path == str(slim)
 
     def test_subfolder(self, slim, composed):
@@ -389,17 +389,17 @@ class TestRefusals:
 
     def test_a_weight_is_missing(self, slim):
         tensors = load_file(slim / "model.safetensors")
-        del tensors["model.projector.queries"]
+        del tensors["lsm.projector.queries"]
         save_file(tensors, slim / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"lack 1 weights, as model\.projector\.queries\. Save it anew"):
+        with pytest.raises(ValueError, match=r"lack 1 weights, as lsm\.projector\.queries\. Save it anew"):
             load(slim)
 
     def test_lora_on_quantized_weights_cannot_be_merged(self, composed):
         model, _ = composed
         train(model, ["projector", "llm"], lora=True)
-        name = "model.language_model.layers.0.mlp.up_proj.base_layer.weight"
+        name = "lsm.language_model.model.layers.0.mlp.up_proj.base_layer.weight"
         state_dict = {**model.state_dict(), name: torch.zeros(1024, 1, dtype=torch.uint8)}
-        with pytest.raises(ValueError, match=r"merged into model\.language_model\.layers\.0\.mlp\.up_proj.*quantized"):
+        with pytest.raises(ValueError, match=r"merged into lsm\..*\.layers\.0\.mlp\.up_proj.*quantized"):
             merged_state_dict(model, state_dict)
         assert trained_state_dict(model, state_dict)
 

@@ -12,12 +12,45 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from transformers import AutoConfig
 
+from ..assembling_lsm import whole_models
 from ..configuration_lsm import LsmConfig
-from ..fingerprints import fingerprint_llm, hash_text
+from ..fingerprints import fingerprint, hash_text
+from ..language_model_lsm import load_language_model
+from ..modeling_lsm import LsmForConditionalGeneration
 
 
 logger = logging.getLogger(__name__)
+
+
+def fingerprint_llm(model_name_or_path: str) -> str:
+    """
+    The [`fingerprint`] of a saved LLM, the same for the LLM itself and for an LSM composed from it. The weights are
+    loaded.
+
+    Args:
+        model_name_or_path (`str`): A causal LM or an LSM checkpoint: a folder or a Hub id.
+
+    Raises:
+        ValueError: If the checkpoint is slim and holds LoRA.
+    """
+    config = AutoConfig.from_pretrained(model_name_or_path)
+    with whole_models():
+        if not isinstance(config, LsmConfig):
+            llm = load_language_model(model_name_or_path)
+            return fingerprint(llm, llm.config.vocab_size)
+        if config.lora_scaling is not None:
+            raise ValueError(
+                f"The LLM of {model_name_or_path} is its base model with LoRA, which must be merged to be told from "
+                f"others: python -m modeling_lsm.composing --merge {model_name_or_path} --output_dir …"
+            )
+        base = (config.base_models or {}).get("text") or {}
+        is_untrained = not {"llm", "lora"} & {*(config.trained_parts or [])}
+        if base.get("fingerprint") and is_untrained and (config.slim or "vocab_size" not in base):
+            return base["fingerprint"]  # what a slim checkpoint does not hold; the first release's is of another kind
+        llm = LsmForConditionalGeneration.from_pretrained(model_name_or_path).lsm.language_model
+        return fingerprint(llm, base.get("vocab_size", llm.config.vocab_size))
 
 
 def check_provenance(dataset: str, config: LsmConfig, model_name_or_path: str, chat_template: str) -> None:
@@ -70,4 +103,4 @@ def find_provenance(dataset: str) -> Path | None:
         return None
 
 
-__all__ = ["check_provenance"]
+__all__ = ["check_provenance", "fingerprint_llm"]

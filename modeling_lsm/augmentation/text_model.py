@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..composing import read_chat_template
 from ..configuration_lsm import LsmConfig
-from ..fingerprints import fingerprint_llm, hash_text
+from ..fingerprints import hash_text
+from ..language_model_lsm import load_language_model
 from ..modeling_lsm import LsmForConditionalGeneration
 from ..processing_lsm import LsmProcessor
 from .prompts import Prompter
+from .provenance import fingerprint_llm
 
 
 class TextModel:
@@ -36,8 +38,8 @@ class TextModel:
 
     def load(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """The model with its weights: an LSM, or the causal LM."""
-        model_class = LsmForConditionalGeneration if self.is_lsm else AutoModelForCausalLM
-        return model_class.from_pretrained(self.name, dtype=dtype).to(device)
+        load = LsmForConditionalGeneration.from_pretrained if self.is_lsm else load_language_model
+        return load(self.name, dtype=dtype).to(device)
 
     def provenance(self) -> dict[str, Any]:
         """What identifies the LLM and its prompt."""

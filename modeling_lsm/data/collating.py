@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_lsm import LsmProcessor, load_waveform
@@ -190,6 +191,11 @@ class SpeechTextCollator:
         return positions[: ends[0] + 1]
 
 
+def predicts_label(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions predict a label: a mask of the shape of `labels`, `(batch, sequence)`, for `logits_to_keep`."""
+    return nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=False)
+
+
 def name_row(row: dict[str, Any]) -> str:
     """What to call a row in an error message."""
     return f"The row {row.get('source') or repr(row.get('instruction'))}"
@@ -219,4 +225,4 @@ def check_same_answers(rows: list[dict[str, Any]], labels: torch.Tensor, teacher
             )
 
 
-__all__ = ["IGNORED_LABEL", "SpeechTextCollator"]
+__all__ = ["IGNORED_LABEL", "SpeechTextCollator", "predicts_label"]

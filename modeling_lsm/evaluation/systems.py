@@ -211,13 +211,8 @@ class CascadeSystem:
 
     def meta(self) -> dict[str, Any]:
         """What tells this system from others."""
-        asr = {"id": short_name(self.asr.model), "fingerprint": fingerprint_model(self.asr.model)}
+        asr = {"id": short_name(self.asr.model), "fingerprint": fingerprint(self.asr.model)}
         return {**self.reader.meta(), "asr": asr}
-
-
-def fingerprint_model(model: PreTrainedModel) -> str:
-    """A hash of all weights of a model."""
-    return fingerprint(sorted(model.state_dict().items()))
 
 
 def short_name(model: PreTrainedModel) -> str:
@@ -231,7 +226,7 @@ def identify(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
     return {
         "id": short_name(model),
         "revision": getattr(model.config, "_commit_hash", None),
-        "fingerprint": fingerprint_model(model),
+        "fingerprint": fingerprint(model),
         "template_hash": hash_text(processor.chat_template),
     }
 

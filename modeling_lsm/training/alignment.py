@@ -165,7 +165,7 @@ def align(
             if rank == 0 and (step % save_steps == 0 or step == steps):
                 save_checkpoint(folder, step, figures, trained, optimizer, scheduler)
 
-        projector = model.model.projector
+        projector = model.lsm.projector
         with whole(projector.parameters(), write_from=0), torch.no_grad():
             projector.load_state_dict(aligner.projector.state_dict())
     return figures

@@ -34,9 +34,9 @@ FEATURES = ("feature_size", "sampling_rate", "n_fft", "hop_length", "padding_val
 
 def describe_encoder(model: LsmForConditionalGeneration, processor: LsmProcessor) -> dict[str, Any]:
     """Everything that the encoder's output for a clip depends on."""
-    encoder = model.model.audio_tower
+    encoder = model.lsm.audio_tower
     with whole(encoder.parameters()):
-        weights = fingerprint(sorted(encoder.named_parameters()), vocab_size=-1)
+        weights = fingerprint(encoder)
     device_type = encoder.conv1.weight.device.type
     autocast = {}
     if torch.is_autocast_enabled(device_type):
@@ -153,7 +153,7 @@ class FeatureCache:
         )
         shard: dict[str, torch.Tensor] = {}
         shard_bytes = 0
-        encoder = model.model.audio_tower
+        encoder = model.lsm.audio_tower
         was_training = encoder.training
         encoder.eval()
         progress = tqdm(total=len(rows), desc="Encoding", unit="clip", disable=process_index != 0)
@@ -268,7 +268,7 @@ def split_by_cost(rows: np.ndarray, lengths: np.ndarray, max_cost: int) -> list[
 @torch.no_grad()
 def encode(model: LsmForConditionalGeneration, batch: dict[str, Any], batch_seconds: float) -> dict[str, torch.Tensor]:
     """What the encoder of `model` makes of a batch of a [`SpectrogramCollator`]: frames of each chunk, by name."""
-    encoder, timing = model.model.audio_tower, model.config.timing
+    encoder, timing = model.lsm.audio_tower, model.config.timing
     features, masks = batch["input_features"], batch["input_features_mask"]
     mel_frames_per_second = timing.sampling_rate / timing.hop_length
     chunks_at_once = max(1, int(batch_seconds * mel_frames_per_second) // features.shape[-1])

@@ -34,7 +34,7 @@ def add_lora(model: LsmForConditionalGeneration, lora_config: peft.LoraConfig) -
         ValueError: If the settings ask for what cannot be merged into the LLM's weights afterwards.
     """
     check_mergeable(model, lora_config)
-    llm = model.model.language_model
+    llm = model.lsm.language_model
     if lora_config.target_modules is None:
         lora_config.target_modules = "all-linear"
     # The LLM is what is quantized. Of a model that is, as a whole, trainers expect no weights to train, or cast those
@@ -45,7 +45,6 @@ def add_lora(model: LsmForConditionalGeneration, lora_config: peft.LoraConfig) -
     peft.inject_adapter_in_model(lora_config, llm)
     cast_adapter_dtype(llm, "default")  # small steps would be lost in bfloat16
 
-    model.lm_head.requires_grad_(False)
     for name, parameter in llm.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     model.config.lora_scaling = next(lora_layers(model)).scaling["default"]
@@ -68,7 +67,7 @@ def check_mergeable(model: LsmForConditionalGeneration, lora_config: peft.LoraCo
                 f"`W + scaling * B @ A`. Leave `{name}` at {getattr(plain, name)!r}; the projector trains whole "
                 "beside LoRA in any case."
             )
-    llm = model.model.language_model
+    llm = model.lsm.language_model
     if any(isinstance(module, Conv1D) for module in llm.modules()):
         raise ValueError(
             f"The LLM ({llm.config.model_type}) keeps its weights in Conv1D layers, transposed: LoRA would not be "
@@ -91,7 +90,7 @@ def check_mergeable(model: LsmForConditionalGeneration, lora_config: peft.LoraCo
 
 def lora_layers(model: LsmForConditionalGeneration) -> Iterator[LoraLayer]:
     """The layers that have LoRA."""
-    return (module for module in model.model.language_model.modules() if isinstance(module, LoraLayer))
+    return (module for module in model.lsm.language_model.modules() if isinstance(module, LoraLayer))
 
 
 @contextmanager

@@ -24,9 +24,9 @@ def set_trained_parts(model: LsmForConditionalGeneration, parts: list[str]) -> N
         raise ValueError(f"--train got {sorted(unknown) or 'nothing'}; expected any of {', '.join(PARTS)}.")
     model.requires_grad_(False)
     modules = {
-        "encoder": [model.model.audio_tower],
-        "projector": [model.model.projector],
-        "llm": [model.model.language_model, model.lm_head],
+        "encoder": [model.lsm.audio_tower],
+        "projector": [model.lsm.projector],
+        "llm": [model.lsm.language_model],
     }
     has_lora = model.config.lora_scaling is not None
     for part in parts:
@@ -34,7 +34,7 @@ def set_trained_parts(model: LsmForConditionalGeneration, parts: list[str]) -> N
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(part != "llm" or not has_lora or ".lora_" in name)
     # Whisper's position embeddings are fixed sinusoids, however much of the encoder trains.
-    model.model.audio_tower.embed_positions.requires_grad_(False)
+    model.lsm.audio_tower.embed_positions.requires_grad_(False)
     trained = {"lora" if part == "llm" and has_lora else part for part in parts}
     trained |= {*(model.config.trained_parts or [])}
     model.config.trained_parts = [part for part in (*PARTS, "lora") if part in trained]

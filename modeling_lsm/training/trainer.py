@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
+from ..data.collating import predicts_label
 from ..modeling_lsm import LsmForConditionalGeneration
 from ..pipeline_lsm import LsmPipeline
 from ..slim_lsm import can_be_slim, part_of, parts_from_bases
@@ -105,7 +106,7 @@ class LsmTrainer(SFTTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.projector_learning_rate is not None:
-            projector = {id(parameter) for parameter in self.model.model.projector.parameters()}
+            projector = {id(parameter) for parameter in self.model.lsm.projector.parameters()}
             groups = []
             for group in optimizer.param_groups:
                 of_projector = [parameter for parameter in group["params"] if id(parameter) in projector]
@@ -121,7 +122,12 @@ class LsmTrainer(SFTTrainer):
         teacher = {key: inputs.pop(key) for key in list(inputs) if key.startswith("teacher_")}
         labels = inputs["labels"]
         # Not the fused head of TRL: away from Triton it computes the logits of every position.
-        outputs = model(**inputs, labelled_logits_only=True, use_cache=False, num_items_in_batch=num_items_in_batch)
+        outputs = model(
+            **inputs,
+            logits_to_keep=predicts_label(labels),
+            use_cache=False,
+            num_items_in_batch=num_items_in_batch,
+        )
         loss, logits = outputs.loss, outputs.logits.float()
         targets = labels[:, 1:][labels[:, 1:] != -100]
         divergence = 0.0
@@ -140,12 +146,9 @@ class LsmTrainer(SFTTrainer):
 
     def _divergence_from_reading(self, model, teacher: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
         """Sum over the targets' tokens of KL(reading the transcript ‖ hearing the speech), in nats."""
+        inputs = {key.removeprefix("teacher_"): value for key, value in teacher.items()}
         with torch.no_grad(), without_lora(self.accelerator.unwrap_model(model)):
-            reading = model(
-                **{key.removeprefix("teacher_"): value for key, value in teacher.items()},
-                labelled_logits_only=True,
-                use_cache=False,
-            )
+            reading = model(**inputs, logits_to_keep=predicts_label(inputs["labels"]), use_cache=False)
         return nn.functional.kl_div(
             logits.log_softmax(-1), reading.logits.float().log_softmax(-1), reduction="sum", log_target=True
         )

@@ -189,7 +189,7 @@ def test_targets_are_what_the_llm_says_by_itself(processor):
     """In batches, through the LSM: the same as the plain LLM, asked one at a time with its own chat template."""
     model = tiny.make_model()
     llm = tiny.make_llm()
-    llm.model.load_state_dict(model.model.language_model.state_dict())
+    llm.load_state_dict(model.lsm.language_model.state_dict())
     llm.tie_weights()
     prompts = [
         ("Why?", "a cat sat on the mat"),

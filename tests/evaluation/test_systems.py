@@ -136,7 +136,7 @@ def test_meta_tells_models_apart(processor):
     assert one == same != other
     model = tiny.make_model()
     with torch.no_grad():
-        model.model.projector.layer_norm.weight[0] += 1e-3  # not a part of the LLM
+        model.lsm.projector.layer_norm.weight[0] += 1e-3  # not a part of the LLM
     assert LsmSystem(model, processor).meta() != one
     asr = CascadeSystem(ScriptedAsr(), tiny.make_model(), processor)
     assert asr.meta()["model"] == one["model"] and len(asr.meta()["asr"]["fingerprint"]) == 64

@@ -53,7 +53,7 @@ def make_pair(projector: str = "mlp", **kwargs):
     """A tiny model with a projector as composing makes it, and its processor."""
     model, processor = tiny.make_pair(**{**PROJECTORS[projector], **kwargs})
     torch.manual_seed(0)
-    model.model.projector = new_projector(model, model.get_input_embeddings().weight)
+    model.lsm.projector = new_projector(model, model.get_input_embeddings().weight)
     return model, processor
 
 
@@ -91,7 +91,7 @@ def test_learns_the_words_of_a_few_clips_and_changes_the_projector_alone(project
     assert [heard for _, heard in figures["examples"]] == WORDS
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (not name.startswith("model.projector.")), name
+        assert torch.equal(tensor, before[name]) == (not name.startswith("lsm.projector.")), name
 
 
 def test_a_sample_of_the_labels_stands_for_all(monkeypatch):
@@ -220,7 +220,7 @@ def test_a_feature_cache_takes_the_place_of_the_encoder(tmp_path):
         figures = align(
             model, processor, rows, tmp_path / str(use_cache), 5, 2, held_out_rows=rows, feature_cache=cache
         )
-        results.append((figures["loss"], figures["examples"], weights(model.model.projector)))
+        results.append((figures["loss"], figures["examples"], weights(model.lsm.projector)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5) and results[0][1] == results[1][1]
     for name, tensor in results[0][2].items():
         torch.testing.assert_close(tensor, results[1][2][name], rtol=1e-3, atol=1e-4)
@@ -239,7 +239,7 @@ def test_an_interrupted_warm_up_goes_on_and_a_finished_one_is_not_repeated(tmp_p
         figures = align(
             model, processor, make_rows(), folder, 14, 2, save_steps=4, logging_steps=1, eval_steps=4, **kwargs
         )
-        return figures, weights(model.model.projector)
+        return figures, weights(model.lsm.projector)
 
     whole_figures, whole = run(tmp_path / "whole", held_out_rows=make_rows())
     with pytest.raises(Interruption):
@@ -274,9 +274,9 @@ def test_a_folder_of_another_warm_up_is_refused(tmp_path):
 def test_weights_in_bfloat16_stay_so(tmp_path):
     model, processor = make_pair()
     model.to(torch.bfloat16)
-    before = weights(model.model.projector)
+    before = weights(model.lsm.projector)
     align(model, processor, make_rows(), tmp_path, steps=3, batch_size=4, learning_rate=1e-2)
-    after = weights(model.model.projector)
+    after = weights(model.lsm.projector)
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
     assert not torch.equal(before["output.weight"], after["output.weight"])
 
@@ -295,7 +295,7 @@ def run_in_parallel(rank: int, folder: str, port: int) -> None:
     align(
         model, processor, make_rows(), folder, 6, 2, logging_steps=1, held_out_rows=make_rows(WORDS[:3]), eval_steps=3
     )
-    torch.save(weights(model.model.projector), f"{folder}/rank{rank}.pt")
+    torch.save(weights(model.lsm.projector), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -324,7 +324,7 @@ def test_two_processes_are_one_with_a_double_batch(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours.get("wer") == theirs.get("wer") and ours.get("examples") == theirs.get("examples")
     first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1))
-    for name, tensor in weights(model.model.projector).items():
+    for name, tensor in weights(model.lsm.projector).items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-4)
 

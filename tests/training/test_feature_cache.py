@@ -118,14 +118,14 @@ def test_another_encoder_has_another_key(processor):
     assert key == encoder_key(tiny.make_model(), tiny.make_processor())
 
     with torch.no_grad():
-        model.model.projector.output.weight.zero_()
-        model.model.language_model.embed_tokens.weight.zero_()
+        model.lsm.projector.output.weight.zero_()
+        model.lsm.language_model.model.embed_tokens.weight.zero_()
     assert encoder_key(model, processor) == key
     others = {encoder_key(*tiny.make_pair(encoder_padding="max_length")), encoder_key(tiny.make_model(1), processor)}
     others.add(encoder_key(*tiny.make_pair(window_size=16)))  # cuts long clips elsewhere
     others.add(encoder_key(tiny.make_model().to(torch.bfloat16), processor))
     with torch.no_grad():
-        model.model.audio_tower.layers[1].fc2.bias[3] += 1e-3
+        model.lsm.audio_tower.layers[1].fc2.bias[3] += 1e-3
     others.add(encoder_key(model, processor))
     processor.feature_extractor.dither = 1e-3
     others.add(encoder_key(tiny.make_model(), processor))
@@ -153,7 +153,7 @@ def test_encodes_each_clip_once_and_only_what_is_missing(model, processor, tmp_p
     cache = FeatureCache(tmp_path, encoder_key(model, processor))
     assert cache.missing(hashes(doubled)[:-1]) == hashes(clips)
     encoded = []
-    hook = model.model.audio_tower.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
+    hook = model.lsm.audio_tower.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
     cache.build(clips.select(range(3)), model, processor)
     assert cache.missing(hashes(clips)) == hashes(clips)[3:]
     cache.build(doubled, model, processor, batch_seconds=4.0)
@@ -312,12 +312,12 @@ sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
 zero3 = {"zero_optimization": {"stage": 3}, **sizes}
 args = SFTConfig(output_dir=folder, use_cpu=True, bf16=False, deepspeed=zero3)
 model = LsmForConditionalGeneration.from_pretrained(f"{folder}/model")
-assert model.model.audio_tower.conv1.weight.numel() == 0
+assert model.lsm.audio_tower.conv1.weight.numel() == 0
 processor = tiny.make_processor()
 cache = FeatureCache(f"{folder}/cache", encoder_key(model, processor))
 who = {"process_index": torch.distributed.get_rank(), "num_processes": 2}
 cache.build(load_from_disk(f"{folder}/clips"), model, processor, **who)
-assert model.model.audio_tower.conv1.weight.numel() == 0
+assert model.lsm.audio_tower.conv1.weight.numel() == 0
 """
 
 

@@ -37,12 +37,12 @@ class TestWhere:
     def test_every_linear_layer_of_the_llm_and_nothing_else(self, model):
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         add_lora(model, peft.LoraConfig())
-        assert adapted(model) == {name for name in linear if name.startswith("model.language_model.")}
+        assert adapted(model) == {name for name in linear if name.startswith("lsm.language_model.")}
         assert len(adapted(model)) == 14
 
     def test_named_layers(self, model):
         add_lora(model, peft.LoraConfig(target_modules=r".*\.1\.self_attn\.(q|out)_proj"))
-        assert adapted(model) == {"model.language_model.layers.1.self_attn.q_proj"}
+        assert adapted(model) == {"lsm.language_model.model.layers.1.self_attn.q_proj"}
 
     def test_with_the_arguments_of_trl(self, model):
         """`out_proj` and `k_proj` are names of Whisper's layers, too."""
@@ -50,7 +50,7 @@ class TestWhere:
             use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules=["k_proj", "v_proj"], use_rslora=True
         )
         add_lora(model, trl.get_peft_config(arguments))
-        assert len(adapted(model)) == 4 and all(name.startswith("model.language_model.") for name in adapted(model))
+        assert len(adapted(model)) == 4 and all(name.startswith("lsm.language_model.") for name in adapted(model))
         assert model.config.lora_scaling == pytest.approx(8 / 4**0.5)
 
     def test_no_arguments_of_trl(self, model):
@@ -62,9 +62,9 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("parts", "prefixes"),
         [
-            (["projector", "llm"], ("model.projector.",)),
+            (["projector", "llm"], ("lsm.projector.",)),
             (["llm"], ()),
-            (["encoder", "llm"], ("model.audio_tower.",)),
+            (["encoder", "llm"], ("lsm.audio_tower.",)),
         ],
     )
     @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -94,7 +94,7 @@ class TestTraining:
         model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) is parameter.requires_grad, name
-            if ".lora_" in name or name == "model.projector.queries":
+            if ".lora_" in name or name == "lsm.projector.queries":
                 assert parameter.grad.any(), name
 
     def test_it_is_in_float32_whatever_the_llm_is_in(self, model, inputs):
@@ -140,10 +140,10 @@ class TestMerging:
         set_trained_parts(model, ["projector", "llm"])
         assert model.config.trained_parts == ["projector", "llm", "lora"]
         trained, merged = trained_state_dict(model), merged_state_dict(model)
-        expected = {n for n in merged if not n.startswith("model.audio_tower.") and n != "lm_head.weight"}
+        expected = {n for n in merged if not n.startswith("lsm.audio_tower.") and not n.endswith("lm_head.weight")}
         assert trained.keys() == expected and all(torch.equal(trained[name], merged[name]) for name in trained)
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        with pytest.raises(ValueError, match=r"lacks \d+ weights that no base model has, as model\.language_model\."):
+        with pytest.raises(ValueError, match=r"lacks \d+ weights that no base model has, as lsm\.language_model\."):
             trained_state_dict(model, {n: tensor for n, tensor in model.state_dict().items() if n not in frozen})
 
 
@@ -238,7 +238,7 @@ class TestQuantized:
             quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_compute_dtype=torch.float32,
-                llm_int8_skip_modules=["model.audio_tower", "model.projector", "lm_head"],
+                llm_int8_skip_modules=["lsm.audio_tower", "lsm.projector", "lm_head"],
             ),
         )
         quantized = model(**inputs).logits

@@ -93,7 +93,7 @@ def test_one_batch_of_eight_is_eight_accumulated_batches_of_one(processor, rows,
 
 @pytest.mark.parametrize("parts", [["projector"], ["llm"], ["projector", "llm"], ["encoder", "projector", "llm"]])
 def test_only_what_is_meant_to_train_does(parts, model, processor, rows, tmp_path):
-    prefixes = {"encoder": "model.audio_tower", "projector": "model.projector", "llm": "model.language_model"}
+    prefixes = {"encoder": "lsm.audio_tower", "projector": "lsm.projector", "llm": "lsm.language_model"}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     set_trained_parts(model, parts)
     trainer = make_trainer(model, processor, rows, tmp_path, learning_rate=1e-2, gradient_checkpointing=True)

@@ -146,7 +146,7 @@ def test_zero_with_lora_saves_slim_checkpoints(stage, tiny_bases, data, tmp_path
 
     expected, weights = (load_file(path / "model.safetensors") for path in (tmp_path / "one", folder))
     assert weights.keys() == expected.keys()
-    assert all(".lora_" in name or name.startswith("model.projector.") for name in weights)
+    assert all(".lora_" in name or name.startswith("lsm.projector.") for name in weights)
     for name, tensor in weights.items():
         assert_close(tensor, expected[name], name)
     forget_second_half(folder)

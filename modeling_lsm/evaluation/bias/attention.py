@@ -32,7 +32,7 @@ PADDING = -1
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Has the LLM of `model` compute attention in the open, as faster kernels do not give it."""
-    llm = model.model.language_model if isinstance(model, LsmForConditionalGeneration) else model
+    llm = model.lsm.language_model if isinstance(model, LsmForConditionalGeneration) else model
     before = llm.config._attn_implementation
     llm.set_attn_implementation("eager")
     try:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...data.collating import IGNORED_LABEL, SpeechTextCollator
+from ...data.collating import IGNORED_LABEL, SpeechTextCollator, predicts_label
 from ...modeling_lsm import LsmForConditionalGeneration
 from ...processing_lsm import LsmProcessor
 
@@ -36,9 +36,13 @@ def measure_divergence(
         }
         reading = {name: batch.pop(name) for name in list(batch) if name.startswith("teacher_")}
         lengths = (batch["labels"] != IGNORED_LABEL).sum(-1).tolist()
-        heard = model(**batch, labelled_logits_only=True, use_cache=False).logits.float().log_softmax(-1)
         reading = {name.removeprefix("teacher_"): tensor for name, tensor in reading.items()}
-        read = model(**reading, labelled_logits_only=True, use_cache=False).logits.float().log_softmax(-1)
+        heard, read = (
+            model(**inputs, logits_to_keep=predicts_label(inputs["labels"]), use_cache=False)
+            .logits.float()
+            .log_softmax(-1)
+            for inputs in (batch, reading)
+        )
         of_tokens = nn.functional.kl_div(heard, read, reduction="none", log_target=True).sum(-1)
         divergences += [row.tolist() for row in of_tokens.split(lengths)]
     return divergences

@@ -134,7 +134,7 @@ def test_bias_attention_of_a_hand_built_model_that_hears(processor):
 
     audio = processor(audio=[clip])
     speech = model.get_audio_features(audio["input_features"].double(), audio["input_features_mask"]).pooler_output
-    llm = weights_of(model.model.language_model)
+    llm = weights_of(model.lsm.language_model)
     embeddings = llm["embed_tokens.weight"][tokens]
     embeddings[heard] = speech.detach().numpy()
     (measured,) = measure_attention(system, [ROW], ["fox!"])
@@ -153,7 +153,7 @@ def test_bias_attention_does_not_depend_on_the_batch(kind, model, processor):
     for one, other in zip(alone[:2], together[:2], strict=True):
         assert one == pytest.approx(other, abs=1e-6)
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
-    assert model.model.language_model.config._attn_implementation == "sdpa"  # as it was before
+    assert model.lsm.language_model.config._attn_implementation == "sdpa"  # as it was before
 
 
 def test_bias_attention_shares_leave_out_padding_on_either_side():

@@ -50,7 +50,7 @@ def test_bias_divergence_by_hand(model, processor):
 
 def test_bias_divergence_of_an_llm_that_looks_at_no_token_before_is_zero(model, processor):
     with torch.no_grad():
-        for layer in model.model.language_model.layers:
+        for layer in model.lsm.language_model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
     for row in measure_divergence(model, processor, make_rows()):
         assert row == pytest.approx([0] * len(row), abs=1e-6)
