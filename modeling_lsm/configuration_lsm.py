@@ -243,4 +243,4 @@ class LsmConfig(PreTrainedConfig):
         )
 
 
-__all__ = ["AudioTiming", "LsmConfig", "LsmProjectorConfig"]
+__all__ = ["PROJECTOR_SETTINGS", "AudioTiming", "LsmConfig", "LsmProjectorConfig"]

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..configuration_lsm import PROJECTOR_SETTINGS
 from ..evaluation import word_error_rate
 from ..files import claim_folder, write_atomically
 from ..modeling_lsm import LsmForConditionalGeneration
@@ -105,7 +106,8 @@ def align(
         figures["unknown_held_out_tokens"] = sum(token not in label_of for token in said) / max(1, len(said))
 
     folder = Path(output_dir) / "alignment"
-    projector_settings = {key: value for key, value in model.config.to_dict().items() if key.startswith("projector_")}
+    projector = model.config.projector_config
+    projector_settings = {name: getattr(projector, names[0]) for name, names in PROJECTOR_SETTINGS.items()}
     settings = {
         "steps": steps,
         "clips_per_step": clips_per_step,

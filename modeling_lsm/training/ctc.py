@@ -100,14 +100,14 @@ class Aligner(nn.Module):
     def __init__(self, model: LsmForConditionalGeneration, vocabulary: list[int], with_encoder: bool, bf16: bool):
         super().__init__()
         self.bf16 = bf16
-        parts = model.model
+        parts = model.lsm
         # Copies, as ZeRO-3 spreads the model's own weights over the processes, and half precision is too coarse here.
         self.projector = type(parts.projector)(model.config).float()
         with whole(parts.projector.parameters()):
             self.projector.load_state_dict(parts.projector.state_dict())
         self.encoder = None
         if with_encoder:
-            self.encoder = LsmSpeechEncoder(model.config.audio_config).to(parts.audio_tower.conv1.weight.dtype)
+            self.encoder = LsmSpeechEncoder(model.config.audio_config).to(parts.audio_tower.dtype)
             with whole(parts.audio_tower.parameters()):
                 self.encoder.load_state_dict(parts.audio_tower.state_dict())
             self.encoder.requires_grad_(False).eval()

@@ -37,7 +37,7 @@ class TestWhere:
     def test_every_linear_layer_of_the_llm_and_nothing_else(self, model):
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         add_lora(model, peft.LoraConfig())
-        assert adapted(model) == {name for name in linear if name.startswith("lsm.language_model.")}
+        assert adapted(model) == {name for name in linear if name.startswith("lsm.language_model.model.")}
         assert len(adapted(model)) == 14
 
     def test_named_layers(self, model):
@@ -174,9 +174,9 @@ class TestRefusals:
         ("targets", "wrong"),
         [
             (["q_proj", "lm_head"], "lm_head"),
-            (["embed_tokens"], "embed_tokens"),
-            (["q_proj", "self_attn"], r"layers\.0\.self_attn"),
-            (r".*layers\.0\.mlp", r"layers\.0\.mlp"),
+            (["embed_tokens"], r"model\.embed_tokens"),
+            (["q_proj", "self_attn"], r"model\.layers\.0\.self_attn"),
+            (r".*layers\.0\.mlp", r"model\.layers\.0\.mlp"),
         ],
     )
     def test_targets_that_are_not_linear_layers(self, model, targets, wrong):
