@@ -28,7 +28,7 @@ from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_row
 from modeling_lsm.data.preparing import prepare_rows, skip_unreadable
 from modeling_lsm.data.sound_changes import AudioAugmentation
 from modeling_lsm.files import claim_folder
-from modeling_lsm.pipeline_lsm import published_bases
+from modeling_lsm.saving_lsm import published_bases
 from modeling_lsm.slim_lsm import can_be_slim
 from modeling_lsm.training import (
     FeatureCache,

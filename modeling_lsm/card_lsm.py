@@ -1,5 +1,7 @@
 """The model card of a checkpoint."""
 
+from collections.abc import Sequence
+
 import torch
 
 from .assembling_lsm import whole_models
@@ -14,7 +16,7 @@ pipeline_tag: audio-text-to-text
 tags:
 - speech
 - lsm
-{metadata}---
+{tags}{metadata}---
 
 # {title}
 
@@ -39,13 +41,13 @@ print(pipe("clip.flac", text="Transcribe the speech.", max_new_tokens=64))
 ```
 
 `pipe` takes a file, an array with its `sampling_rate`, a list of them, or a chat with `{{"type": "audio"}}` items. It
-needs `transformers>=5.23`, `torch`, `soundfile`, and `torchaudio` or `soxr` for audio that is not at 16 kHz.
+needs `transformers>=5.19`, `torch`, `soundfile`, and `torchaudio` or `soxr` for audio that is not at 16 kHz.
 
 Method: [Self-Powered LLM Modality Expansion for Large Speech-Text Models](https://huggingface.co/papers/2410.03798).
 """
 
 
-def model_card(model: LsmForConditionalGeneration, name: str, slim: bool = False) -> str:
+def model_card(model: LsmForConditionalGeneration, name: str, slim: bool = False, tags: Sequence[str] = ()) -> str:
     """The README of a checkpoint called `name`, in Markdown: parts, licences, parameter counts, how to use it."""
     config = merged_config(model.config)
     base_models = config.base_models or {}
@@ -86,6 +88,7 @@ def model_card(model: LsmForConditionalGeneration, name: str, slim: bool = False
     return CARD.format(
         title=name.rsplit("/", 1)[-1],
         name=name,
+        tags="".join(f"- {tag}\n" for tag in tags),
         metadata=metadata,
         rows=rows,
         total=sum(counts.values()),

@@ -426,6 +426,57 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         feeds_prompt = kwargs.get("is_first_iteration") or inputs.get("past_key_values") is None
         return {**inputs, **audio} if feeds_prompt else inputs
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        r"""
+        Saves a checkpoint that is complete: `pipeline("audio-text-to-text", model=…, trust_remote_code=True)` works
+        where this package is not installed. Weights that an earlier checkpoint has left in the folder are removed.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to save to.
+            processor ([`LsmProcessor`], *optional*):
+                The processor to save. Defaults to that of the checkpoint that the model was loaded from.
+            slim (`bool`, *optional*, defaults to `False`):
+                Save only what trained (see [`trained_state_dict`]). The rest is taken from the base models when the
+                checkpoint is loaded. Otherwise all weights are saved, LoRA merged into them.
+            name (`str`, *optional*):
+                Name of the checkpoint in its card, `README.md`, which is written anew. Defaults to the folder's.
+            tags (`list[str]`, *optional*):
+                More tags for the card.
+            state_dict (`dict[str, torch.Tensor]`, *optional*):
+                The model's weights by name, if they are elsewhere (DeepSpeed).
+            args, kwargs:
+                As in [`PreTrainedModel.save_pretrained`]: `is_main_process`, `max_shard_size`, `push_to_hub`, …
+        """
+        from .saving_lsm import save_checkpoint  # here, because its card needs this module
+
+        names = ("is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant", "token")
+        save_checkpoint(self, save_directory, **dict(zip(names, args, strict=False)), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        r"""
+        Publishes everything that [`~LsmForConditionalGeneration.save_pretrained`] saves, in one commit, which deletes
+        the weights that an earlier checkpoint has left there.
+
+        Args:
+            repo_id (`str`):
+                Repository on the Hub, made if it does not exist.
+            commit_message, commit_description, private, token, revision, create_pr (*optional*):
+                As in every model of transformers.
+            kwargs:
+                Arguments of [`~LsmForConditionalGeneration.save_pretrained`], like `processor`, `slim` or
+                `max_shard_size`.
+
+        Returns:
+            `str`: Address of the commit.
+
+        Raises:
+            ValueError: If the checkpoint is to be slim, but nobody else could find its base models.
+        """
+        from .saving_lsm import publish_checkpoint
+
+        return publish_checkpoint(self, repo_id, **kwargs)
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,

@@ -1,26 +1,34 @@
-"""`pipeline("audio-text-to-text")` for LSMs, and the one way in which a whole checkpoint is saved and published."""
+"""`pipeline("audio-text-to-text")` for LSMs."""
 
+import copy
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from transformers import GenerationConfig, Pipeline
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import Pipeline
+from transformers.utils import logging
 
-from .card_lsm import model_card
-from .configuration_lsm import LsmConfig
-from .processing_lsm import make_chat
-from .slim_lsm import BASES, merged_config, merged_state_dict, parts_from_bases, save_slim
+from .questions_lsm import (
+    Batches,
+    check_lengths,
+    holds_items,
+    is_indexable,
+    read_batches,
+    to_question,
+    with_answer,
+)
 
+
+logger = logging.get_logger(__name__)
 
 TASK = "audio-text-to-text"
 # What the config of a checkpoint says, so that `pipeline()` finds this class in the checkpoint's own files.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_lsm.LsmPipeline", "pt": ["AutoModelForMultimodalLM"]}}
+
+MAX_NEW_TOKENS = 256
 
 
 class LsmPipeline(Pipeline):
@@ -43,6 +51,10 @@ class LsmPipeline(Pipeline):
     >>> from transformers import TextStreamer
 
     >>> pipe("clip.flac", text="Sum this up.", streamer=TextStreamer(pipe.tokenizer, skip_prompt=True))
+
+    >>> # a stream of clips, however long
+    >>> for answer in pipe((row["audio"] for row in dataset), text="Transcribe the speech.", batch_size=8):
+    ...     print(answer[0]["generated_text"])
     ```"""
 
     _load_processor = True
@@ -50,8 +62,8 @@ class LsmPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
+    # What the base class makes of arguments for `generate` differs from version to version: here it makes nothing.
+    _pipeline_calls_generate = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,229 +71,240 @@ class LsmPipeline(Pipeline):
             raise ValueError("The pipeline got no processor; pass `processor=` the one that was saved with the model.")
         self.processor.check_matches(self.model.config)
 
-    def _sanitize_parameters(self, return_full_text: bool | None = None, generate_kwargs=None, **kwargs):
-        postprocess_params = {} if return_full_text is None else {"return_full_text": return_full_text}
-        return {}, {"generate_kwargs": {**(generate_kwargs or {}), **kwargs}}, postprocess_params
+    def _sanitize_parameters(
+        self,
+        tools: list[dict | Callable] | None = None,
+        documents: list[dict] | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        continue_final_message: bool | None = None,
+        return_full_text: bool | None = None,
+        return_tensors: bool | None = None,
+        skip_special_tokens: bool | None = None,
+        stop_sequence: str | list[str] | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        if return_full_text is not None and return_tensors is not None:
+            raise ValueError("`return_full_text` is mutually exclusive with `return_tensors`; pass one of them.")
+        template = {"tools": tools, "documents": documents, "enable_thinking": enable_thinking}
+        template |= {**(chat_template_kwargs or {}), "processor_kwargs": processor_kwargs}
+        template = {name: value for name, value in template.items() if value is not None}
+        preprocessing = {"continue_final_message": continue_final_message, "template_kwargs": template or None}
+        postprocessing = {
+            "return_full_text": return_full_text,
+            "return_tensors": return_tensors,
+            "skip_special_tokens": skip_special_tokens,
+        }
+        generate_kwargs = {**(generate_kwargs or {}), **kwargs}
+        if stop_sequence is not None:
+            generate_kwargs["stop_strings"] = stop_sequence
+        if "stop_strings" in generate_kwargs:
+            generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
+        given = [
+            {name: value for name, value in parameters.items() if value is not None}
+            for parameters in (preprocessing, postprocessing)
+        ]
+        return given[0], {"generate_kwargs": generate_kwargs}, given[1]
 
     def __call__(
         self,
         audio: Any = None,
-        text: str | list[str] | None = None,
+        text: Any = None,
         sampling_rate: int | None = None,
         batch_size: int | None = None,
         **kwargs,
-    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator[list[dict[str, Any]]]:
         """
         Answers one or many questions.
 
         Args:
             audio (*optional*):
-                A clip: a path, URL, `bytes`, array, or a `datasets` dict (see [`load_waveform`]); a list of clips,
-                each of which is asked about by itself; or a chat or a list of chats, without `text`.
-            text (`str` or `list[str]`, *optional*):
+                A question: a clip, which is a path, URL, `bytes`, array, or a `datasets` dict (see
+                [`load_waveform`]); a dict with a clip under `"audio"` and its instruction under `"text"`; or a chat,
+                without `text`. Or many: a list or tuple of questions, or any other iterable or dataset of them, such
+                as a generator, a `KeyDataset`, or a column of a `datasets.Dataset`.
+            text (`str` or many of them, *optional*):
                 The instruction, or one for each clip. Without `audio` it is asked of the LLM alone.
             sampling_rate (`int`, *optional*):
                 Samples per second of clips that are bare arrays. Defaults to the encoder's own rate.
             batch_size (`int`, *optional*, defaults to 1):
                 Questions answered at a time. No answer depends on it.
+            num_workers (`int`, *optional*, defaults to 0):
+                Processes that read clips while others are answered.
+            tools, documents, enable_thinking (*optional*):
+                For the chat template, if it knows them.
+            chat_template_kwargs, processor_kwargs (`dict`, *optional*):
+                More arguments for the chat template, and for the processor.
+            continue_final_message (`bool`, *optional*):
+                Go on with the last message of a chat rather than answer it. Defaults to whether that is the
+                assistant's.
             return_full_text (`bool`, *optional*):
-                With chats: return the chat with the answer appended (the default) or, if `False`, the answer alone.
+                With chats: return the chat with the answer in it (the default) or, if `False`, the answer alone.
+            return_tensors (`bool`, *optional*, defaults to `False`):
+                Return the tokens of the answer, without padding, rather than its text.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Leave special tokens out of the text.
+            stop_sequence (`str` or `list[str]`, *optional*):
+                Texts that end an answer.
             kwargs:
-                Arguments of `generate`.
+                Arguments of `generate`, which may also be given as a dict, `generate_kwargs`. Of what it returns with
+                `return_dict_in_generate`, only the sequences are used.
 
         Returns:
-            `list[dict]`: `[{"generated_text": …}]`, with more entries if `num_return_sequences` asks for them; for a
-            list of clips, chats or texts a list of such lists, in order.
+            `list[dict]`: `[{"generated_text": …}]`, or `"generated_token_ids"`, with more entries if
+            `num_return_sequences` asks for them. For a list or tuple a list of such lists, in order. For any other
+            iterable an iterator of such lists, which reads one batch at a time.
+
+        Raises:
+            ValueError: If an instruction is missing or there are two, audio cannot be used, or a prompt is too long
+                for the LLM.
         """
-        given = text if audio is None else audio
-        chats_given = is_chat(given) or (isinstance(given, list) and bool(given) and all(map(is_chat, given)))
-        if chats_given and audio is not None and text is not None:
-            raise ValueError("A chat holds its own instruction: pass either a chat, or `audio` with `text`.")
-        many = isinstance(given, list) and not is_chat(given)
-        if not chats_given:
-            many = many or isinstance(text, list)
-        if chats_given:
-            chats = given if many else [given]
+        given, instruction = (text, None) if audio is None else (audio, text)
+        ask = partial(to_question, sampling_rate=sampling_rate, is_text=audio is None)
+        batch_size = batch_size or self._batch_size or 1
+        many = [value for value in (given, instruction) if holds_items(value)]
+        if not many:
+            (answer,) = self._answer([{"questions": [ask(given, instruction)]}], **kwargs)
+            return answer
+        if holds_items(instruction):
+            check_lengths(given, instruction)
+            clips = given if holds_items(given) else repeat(given)
+            questions = (ask(*pair) for pair in zip(clips, instruction, strict=holds_items(given)))
+        elif is_indexable(given) and not isinstance(given, (list, tuple)):
+            return self._answer(Batches(given, partial(ask, instruction=instruction), batch_size), **kwargs)
         else:
-            chats = self._make_chats(audio, text, sampling_rate)
-        if not chats:
-            return []
-        if batch_size is None:
-            batch_size = self._batch_size or 1
-        # Batches are formed here and padded by the processor: the base class would pad every tensor on one side.
-        batches = [
-            {"chats": chats[start : start + batch_size], "chats_given": chats_given}
-            for start in range(0, len(chats), batch_size)
-        ]
-        answers = [answer for batch in super().__call__(batches, batch_size=1, **kwargs) for answer in batch]
-        return answers if many else answers[0]
+            questions = (ask(item, instruction) for item in given)
+        if all(isinstance(value, (list, tuple)) for value in many):
+            # All chats before the first answer, so that what is wrong with the last comes to light at once.
+            batches = list(read_batches(list(questions), batch_size))
+            return list(self._answer(batches, **kwargs)) if batches else []
+        return self._answer(read_batches(questions, batch_size), **kwargs)
 
-    def _make_chats(self, audio: Any, text: str | list[str] | None, sampling_rate: int | None) -> list[list[dict]]:
-        """One chat for every clip and its instruction."""
-        if text is None:
-            raise ValueError(
-                'There is no instruction. Say what to do with the audio: pipe(clip, text="Transcribe it.").'
-            )
-        size = next((len(value) for value in (audio, text) if isinstance(value, list)), 1)
-        clips = audio if isinstance(audio, list) else [audio] * size
-        instructions = text if isinstance(text, list) else [text] * size
-        if len(clips) != len(instructions):
-            raise ValueError(
-                f"There are {len(clips)} clips and {len(instructions)} instructions. Pass one instruction, or one "
-                "for each clip."
-            )
-        chats = []
-        for clip, instruction in zip(clips, instructions, strict=True):
-            if clip is None:
-                chats.append([{"role": "user", "content": instruction}])
+    def _answer(self, batches: Any, **kwargs) -> Iterator[list[dict[str, Any]]]:
+        """The answers to the questions of `batches`, one after another."""
+        # Batches are formed before and padded by the processor: the base class would pad every tensor on one side.
+        for answers in super().__call__(batches, batch_size=1, **kwargs):
+            yield from answers
+
+    def preprocess(
+        self,
+        inputs: dict[str, Any],
+        continue_final_message: bool | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        for question in inputs["questions"]:
+            is_prefill = question["chat"][-1]["role"] == "assistant"
+            question["continues"] = is_prefill if continue_final_message is None else continue_final_message
+        groups = []
+        for continues in (False, True):  # the chats of one call of the template are of one kind
+            rows = [row for row, question in enumerate(inputs["questions"]) if question["continues"] == continues]
+            if not rows:
                 continue
-            chats.append(make_chat(instruction, audio=clip))
-            if sampling_rate is not None:
-                chats[-1][0]["content"][-1]["sampling_rate"] = sampling_rate
-        return chats
+            model_inputs = self.processor.apply_chat_template(
+                [inputs["questions"][row]["chat"] for row in rows],
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=True,
+                return_dict=True,
+                **(template_kwargs or {}),
+            )
+            self._check_context(model_inputs)
+            groups.append({"rows": rows, "model_inputs": model_inputs.to(self.model.dtype)})
+        return {**inputs, "groups": groups}
 
-    def preprocess(self, inputs):
-        model_inputs = self.processor.apply_chat_template(
-            inputs["chats"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return {**inputs, "model_inputs": model_inputs.to(self.model.dtype)}
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the LLM has positions for, if it says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _forward(self, inputs, generate_kwargs=None):
-        model_inputs = inputs.pop("model_inputs")
-        sequences = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generate_kwargs or {}))
-        return {**inputs, "new_tokens": sequences[:, model_inputs["input_ids"].shape[1] :]}
+    def _check_context(self, model_inputs: dict[str, torch.Tensor]) -> None:
+        """Raises a `ValueError` if a prompt leaves no room for an answer."""
+        tokens, longest = model_inputs["attention_mask"].sum(-1).max(dim=0)
+        if self._context is not None and tokens >= self._context:
+            is_audio = model_inputs["input_ids"][longest] == self.model.config.audio_token_id
+            raise ValueError(
+                f"The prompt has {tokens} tokens, of which {is_audio.sum()} are audio, but the LLM's context holds "
+                f"{self._context} (`max_position_embeddings`), answer included. Pass shorter audio, or compose a "
+                "checkpoint with an LLM that has a longer context."
+            )
 
-    def postprocess(self, outputs, return_full_text: bool = True):
-        texts = self.processor.batch_decode(outputs["new_tokens"], skip_special_tokens=True)
-        chats = outputs["chats"]
-        per_chat = len(texts) // len(chats)
-        answers = [[] for _ in chats]
-        for index, answer in enumerate(texts):
-            chat = chats[index // per_chat]
-            if outputs["chats_given"] and return_full_text:
-                answer = [*chat, {"role": "assistant", "content": answer}]
-            answers[index // per_chat].append({"generated_text": answer})
+    def _generation_settings(self, generate_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments for `generate`, and all that it will go by: those, on top of the model's generation config."""
+        if "generation_config" not in generate_kwargs:
+            generate_kwargs = {**self._forward_params.get("generate_kwargs", {}), **generate_kwargs}
+        config = generate_kwargs.get("generation_config")
+        chosen = self.model.generation_config.to_diff_dict()
+        chosen |= {**(config.to_diff_dict() if config is not None else {}), **generate_kwargs}
+        added = {}
+        if chosen.get("pad_token_id") is None:
+            added["pad_token_id"] = self.processor.tokenizer.pad_token_id
+        if chosen.get("max_new_tokens") is None and chosen.get("max_length") is None:
+            added["max_new_tokens"] = MAX_NEW_TOKENS
+        if config is not None:  # `generate` deprecates settings beside one
+            config = copy.deepcopy(config)
+            config.update(**added)
+            return {**generate_kwargs, "generation_config": config}, {**chosen, **added}
+        return {**generate_kwargs, **added}, {**chosen, **added}
+
+    def _forward(self, inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        generate_kwargs, settings = self._generation_settings(generate_kwargs or {})
+        for group in inputs.pop("groups"):
+            model_inputs = group["model_inputs"]
+            prompt = model_inputs["input_ids"].shape[1]
+            if self._context is not None and prompt + (settings.get("max_new_tokens") or 0) > self._context:
+                logger.warning_once(
+                    f"Prompt and answer may exceed the LLM's context of {self._context} tokens, beyond which answers "
+                    "get worse or fail. Pass shorter audio or a lower `max_new_tokens`."
+                )
+            outputs = self.model.generate(**model_inputs, **generate_kwargs)
+            sequences = getattr(outputs, "sequences", outputs)  # an object with `return_dict_in_generate`
+            # [questions, answers of each, tokens]
+            answers = sequences[:, prompt:].unflatten(0, (len(group["rows"]), -1))
+            for row, tokens in zip(group["rows"], answers, strict=True):
+                inputs["questions"][row]["tokens"] = tokens
+        return {**inputs, "pad_token_id": settings["pad_token_id"]}
+
+    def postprocess(
+        self,
+        outputs: dict[str, Any],
+        return_full_text: bool = True,
+        return_tensors: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> list[list[dict[str, Any]]]:
+        answers = []
+        for question in outputs["questions"]:
+            answers.append([])
+            for tokens in question["tokens"]:
+                # As many as the longest answer of the batch has, of which the last may be padding.
+                written = (tokens != outputs["pad_token_id"]).nonzero()
+                tokens = tokens[: written.max() + 1 if len(written) else 0]
+                if return_tensors:
+                    answers[-1].append({"generated_token_ids": tokens})
+                    continue
+                answer = self.processor.decode(tokens, skip_special_tokens=skip_special_tokens)
+                if question["given_as_chat"] and return_full_text:
+                    answer = with_answer(question["chat"], answer, question["continues"])
+                answers[-1].append({"generated_text": answer})
         return answers
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        name: str | None = None,
-        slim: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs,
-    ):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Saves a checkpoint that loads with `trust_remote_code=True` where this package is not installed: weights,
-        config, processor, the code of all of them and of this pipeline, and a model card.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder to save to.
-            name (`str`, *optional*):
-                Name of the checkpoint in its card. Defaults to the folder's.
-            slim (`bool`, *optional*, defaults to `False`):
-                Save only what trained (see [`trained_state_dict`]). The rest is taken from the base models when the
-                checkpoint is loaded. Otherwise all weights are saved, LoRA merged into them.
-            state_dict (`dict[str, torch.Tensor]`, *optional*):
-                The model's weights by name, if they are elsewhere (DeepSpeed).
-            kwargs:
-                Arguments of the model's `save_pretrained`, like `max_shard_size`.
+        Saves the model with the pipeline's processor: see [`LsmForConditionalGeneration.save_pretrained`], which also
+        says what `kwargs` there are.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.config.custom_pipelines = CUSTOM_PIPELINES
-        config = self.model.config
-        if slim:
-            save_slim(self.model, folder, state_dict, **kwargs)
-        elif config.lora_scaling is None:
-            self.model.save_pretrained(folder, state_dict=state_dict, **kwargs)
-        else:
-            state_dict = merged_state_dict(self.model, state_dict)
-            with replaced(self.model, config=merged_config(config)):
-                self.model.save_pretrained(folder, state_dict=state_dict, **kwargs)
-        if any(folder.glob("model-*-of-*.safetensors")):
-            # One file that an earlier checkpoint left here would be read in the place of these.
-            (folder / "model.safetensors").unlink(missing_ok=True)
-        self.processor.save_pretrained(folder)
-        custom_object_save(self, folder)
-        card = model_card(self.model, name or folder.resolve().name, slim)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        self.model.save_pretrained(save_directory, processor=self.processor, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Upload model, processor, pipeline and card",
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        **kwargs,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """
-        Publishes everything that [`~LsmPipeline.save_pretrained`] saves, in one commit.
-
-        Args:
-            repo_id (`str`): Repository on the Hub, made if it does not exist.
-            commit_message (`str`, *optional*): Message of the commit.
-            private (`bool`, *optional*): Whether a new repository is private.
-            token (`bool` or `str`, *optional*): Token for the Hub. Defaults to the one of `hf auth login`.
-            revision (`str`, *optional*): Branch to commit to. Defaults to the main one.
-            kwargs: Arguments of [`~LsmPipeline.save_pretrained`], like `slim` or `max_shard_size`.
+        Publishes the model with the pipeline's processor: see [`LsmForConditionalGeneration.push_to_hub`], which also
+        says what `kwargs` there are.
 
         Returns:
             `str`: Address of the commit.
-
-        Raises:
-            ValueError: If the checkpoint is to be slim, but nobody else could find its base models.
         """
-        base_models = published_bases(self.model.config, kwargs.get("slim", False))
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            with replaced(self.model.config, base_models=base_models):
-                self.save_pretrained(folder, name=repo_id, **kwargs)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-            )
-        return commit.commit_url
-
-
-def is_chat(value: Any) -> bool:
-    """Whether `value` is one chat: a list of messages."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-@contextmanager
-def replaced(thing: Any, **attributes) -> Iterator[None]:
-    """Gives `thing` other attributes for a while."""
-    own = {name: getattr(thing, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(thing, name, value)
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(thing, name, value)
-
-
-def published_bases(config: LsmConfig, slim: bool) -> dict[str, dict[str, Any]] | None:
-    """`config.base_models` without what only this machine knows: folders."""
-    for part in parts_from_bases(config) if slim else []:
-        base = (config.base_models or {}).get(BASES[part], {})
-        if base.get("path"):
-            raise ValueError(
-                f"The {BASES[part]} model of this slim checkpoint is known only as the folder {base['path']}, which "
-                "nobody else has. Publish the checkpoint whole (`slim=False`), or say what the model is on the Hub: "
-                f'pipe.model.config.base_models["{BASES[part]}"].update(id="owner/name", revision=None, path=None).'
-            )
-    if config.base_models is None:
-        return None
-    return {
-        key: {name: value for name, value in base.items() if name != "path"}
-        for key, base in config.base_models.items()
-    }
+        return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
 
 
 __all__ = ["LsmPipeline"]

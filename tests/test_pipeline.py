@@ -36,6 +36,8 @@ FILES = {
     "processing_lsm.py",
     "processor_config.json",
     "projectors_lsm.py",
+    "questions_lsm.py",
+    "saving_lsm.py",
     "slim_lsm.py",
     "speech_encoder_lsm.py",
     "tokenizer.json",
@@ -303,13 +305,13 @@ class TestSaving:
                 assert exist_ok
                 calls.append(("branch", repo_id, branch))
 
-            def upload_folder(self, repo_id, folder_path, commit_message, revision):
+            def upload_folder(self, repo_id, folder_path, commit_message, revision, **_):
                 calls.append(("upload", repo_id, commit_message, revision))
                 files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
                 calls.append(files)
                 return SimpleNamespace(commit_url="https://hub.example/commit/1")
 
-        monkeypatch.setattr("modeling_lsm.pipeline_lsm.HfApi", Api)
+        monkeypatch.setattr("modeling_lsm.saving_lsm.HfApi", Api)
         url = pipe.push_to_hub("tiny-lsm", commit_message="Publish", private=True, token="t", revision="v1")
         *steps, files = calls
         assert url == "https://hub.example/commit/1"

@@ -438,7 +438,7 @@ class TestPublishing:
                 seen.update(json.loads(Path(folder_path, "config.json").read_text()))
                 return type("Commit", (), {"commit_url": "https://hub.example/commit/1"})
 
-        monkeypatch.setattr("modeling_lsm.pipeline_lsm.HfApi", Api)
+        monkeypatch.setattr("modeling_lsm.saving_lsm.HfApi", Api)
         pipe.push_to_hub("someone/lsm", **kwargs)
         return seen
 

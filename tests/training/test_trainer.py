@@ -255,11 +255,11 @@ def test_publishes_the_checkpoint(processor, rows, tmp_path, monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             return SimpleNamespace(repo_id=f"someone/{repo_id}")
 
-        def upload_folder(self, repo_id, folder_path, commit_message, revision):
+        def upload_folder(self, repo_id, folder_path, **_):
             uploads.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
             return SimpleNamespace(commit_url="https://hub.example/commit/1")
 
-    monkeypatch.setattr("modeling_lsm.pipeline_lsm.HfApi", Api)
+    monkeypatch.setattr("modeling_lsm.saving_lsm.HfApi", Api)
     model = tiny.make_model()
     set_trained_parts(model, ["projector"])
     args = {"hub_model_id": "our-lsm", "hub_token": "secret"}
