@@ -88,10 +88,14 @@ class LsmPipeline(Pipeline):
     ):
         if return_full_text is not None and return_tensors is not None:
             raise ValueError("`return_full_text` is mutually exclusive with `return_tensors`; pass one of them.")
-        template = {"tools": tools, "documents": documents, "enable_thinking": enable_thinking}
-        template |= {**(chat_template_kwargs or {}), "processor_kwargs": processor_kwargs}
-        template = {name: value for name, value in template.items() if value is not None}
-        preprocessing = {"continue_final_message": continue_final_message, "template_kwargs": template or None}
+        preprocessing = {
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "documents": documents,
+            "enable_thinking": enable_thinking,
+            "processor_kwargs": processor_kwargs,
+            **(chat_template_kwargs or {}),
+        }
         postprocessing = {
             "return_full_text": return_full_text,
             "return_tensors": return_tensors,
@@ -189,10 +193,7 @@ class LsmPipeline(Pipeline):
             yield from answers
 
     def preprocess(
-        self,
-        inputs: dict[str, Any],
-        continue_final_message: bool | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        self, inputs: dict[str, Any], continue_final_message: bool | None = None, **template_kwargs
     ) -> dict[str, Any]:
         for question in inputs["questions"]:
             is_prefill = question["chat"][-1]["role"] == "assistant"
@@ -208,7 +209,7 @@ class LsmPipeline(Pipeline):
                 continue_final_message=continues,
                 tokenize=True,
                 return_dict=True,
-                **(template_kwargs or {}),
+                **template_kwargs,
             )
             self._check_context(model_inputs)
             groups.append({"rows": rows, "model_inputs": model_inputs.to(self.model.dtype)})

@@ -26,7 +26,7 @@ def holds_items(value: Any) -> bool:
         return not is_chat(value) and not (value and isinstance(value[0], Real))
     if isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, np.ndarray, torch.Tensor)):
         return False
-    if hasattr(value, "read") or hasattr(value, "get_all_samples"):  # a file object, a decoder
+    if any(callable(getattr(value, name, None)) for name in ("read", "get_all_samples")):  # a file object, a decoder
         return False
     return isinstance(value, (Iterable, Dataset))
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import soundfile
 import torch
+from datasets import Audio, Dataset
 from huggingface_hub import ModelCard
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
+from transformers.pipelines.pt_utils import KeyDataset
 
-from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor, make_chat
+from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor, make_chat, pipeline_lsm
 from modeling_lsm.card_lsm import model_card
 from tests import tiny
 from tests.tiny import noise
@@ -216,6 +219,299 @@ class TestCalls:
         thread.join(timeout=60)
         assert "".join(pieces) == expected == results[0][0]["generated_text"]
         assert len([piece for piece in pieces if piece]) > 1
+
+
+class TestManyQuestions:
+    """What other pipelines take. A list or tuple gives a list, all else an iterator that reads as it is read."""
+
+    @pytest.fixture
+    def recordings(self, clips, tmp_path) -> list[str]:
+        paths = [str(tmp_path / f"{index}.wav") for index in range(len(clips))]
+        for path, clip in zip(paths, clips, strict=True):
+            soundfile.write(path, clip, 16_000, subtype="FLOAT")
+        return paths
+
+    @pytest.fixture
+    def expected(self, pipe, clips) -> list:
+        return pipe(clips, text=TEXT, **SHORT)
+
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_a_generator_is_read_a_batch_at_a_time(self, pipe, batch_size):
+        read = []
+
+        def endless():
+            for seed in count():
+                read.append(seed)
+                yield noise(0.3, seed)
+
+        answers = pipe(endless(), text=TEXT, batch_size=batch_size, **SHORT)
+        assert iter(answers) is answers
+        for number in range(4):
+            assert next(answers) == pipe(noise(0.3, number), text=TEXT, **SHORT)
+            assert len(read) == number // batch_size * batch_size + batch_size
+
+    def test_datasets(self, pipe, recordings, expected):
+        rows = Dataset.from_list([{"audio": path, "words": "?"} for path in recordings])
+        rows = rows.cast_column("audio", Audio(decode=False))
+        kinds = {
+            "key dataset": KeyDataset(rows, "audio"),
+            "column": rows["audio"],
+            "rows": rows,
+            "stream of rows": rows.to_iterable_dataset(),
+            "stream's column": rows.to_iterable_dataset()["audio"],
+            "map": map(Path, recordings),
+        }
+        for name, given in kinds.items():
+            answers = pipe(given, text=TEXT, batch_size=2, **SHORT)
+            assert not isinstance(answers, list), name
+            assert list(answers) == expected, name
+
+    def test_a_dataset_is_read_as_it_is_answered(self, pipe, recordings):
+        class Recordings(torch.utils.data.Dataset):
+            read = []
+
+            def __len__(self):
+                return len(recordings)
+
+            def __getitem__(self, index):
+                self.read.append(index)
+                return recordings[index]
+
+        answers = pipe(Recordings(), text=TEXT, **SHORT)
+        next(answers)
+        assert Recordings.read == [0]
+
+    @pytest.mark.parametrize("kind", ["list", "dataset", "generator"])
+    def test_workers_read(self, pipe, recordings, expected, kind):
+        rows = Dataset.from_dict({"audio": recordings})
+        given = {"list": recordings, "dataset": KeyDataset(rows, "audio"), "generator": (path for path in recordings)}
+        workers = 1 if kind == "generator" else 2
+        assert list(pipe(given[kind], text=TEXT, num_workers=workers, batch_size=2, **SHORT)) == expected
+
+    def test_tuples_are_lists(self, pipe, clips, expected):
+        assert pipe(tuple(clips), text=TEXT, **SHORT) == expected
+        assert pipe(tuple((clip, 16_000) for clip in clips), text=(TEXT,) * 3, **SHORT) == expected
+        chats = tuple(tuple(make_chat(TEXT, audio=clip)) for clip in clips)
+        assert pipe(chats, return_full_text=False, **SHORT) == expected
+        assert pipe(chats[0], return_full_text=False, **SHORT) == expected[0]
+
+    def test_items_with_an_instruction_of_their_own(self, pipe, clips, expected):
+        items = [{"audio": clip, "text": TEXT, "id": "a row's other columns"} for clip in clips]
+        assert pipe(items[0], **SHORT) == expected[0]
+        assert pipe(items, **SHORT) == expected
+        assert list(pipe(iter(items), batch_size=3, **SHORT)) == expected
+        assert pipe([{"audio": clip} for clip in clips], text=TEXT, **SHORT) == expected
+        assert pipe({"text": "A window?"}, **SHORT) == pipe(text="A window?", **SHORT)
+        clip = tiny.tone(440, 1, 8_000)
+        told = pipe({"audio": clip, "text": TEXT, "sampling_rate": 8_000}, **SHORT)
+        assert told == pipe(clip, text=TEXT, sampling_rate=8_000, **SHORT)
+
+    def test_streams_of_chats_and_of_texts(self, pipe, clips, expected):
+        chats = [make_chat(TEXT, audio=clip) for clip in clips]
+        assert repr(list(pipe(iter(chats), **SHORT))) == repr(pipe(chats, **SHORT))
+        texts = ["What is a window?", "And a door?"]
+        assert list(pipe(text=iter(texts), **SHORT)) == pipe(text=texts, **SHORT)
+        assert list(pipe(clips[0], text=iter(texts), **SHORT)) == pipe(clips[0], text=texts, **SHORT)
+        assert list(pipe(iter(clips), text=[TEXT] * 3, **SHORT)) == expected
+        assert list(pipe((clip for clip in ()), text=TEXT)) == []
+
+    def test_refusals(self, pipe, clips):
+        with pytest.raises(ValueError, match=r"two instructions, 'Say.' for all and 'it said' in an item.*KeyDataset"):
+            pipe([{"audio": clips[0], "text": "it said"}], text="Say.")
+        with pytest.raises(ValueError, match="is shorter than"):
+            list(pipe(iter(clips), text=["a", "b"], **SHORT))
+        with pytest.raises(ValueError, match="no instruction"):
+            list(pipe(iter(clips)))
+        with pytest.raises(ValueError, match="an instruction of type int"):
+            pipe(clips[0], text=7)
+
+
+class TestTemplates:
+    TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up.", "parameters": {}}}]
+    TEMPLATE = (
+        "{% if tools %}tools: {{ tools | tojson }}{% endif %}{% for document in documents or [] %}{{ document.text }}"
+        "{% endfor %}{% if enable_thinking %}think {{ effort }}{% endif %}"
+    )
+
+    @pytest.fixture
+    def talkative(self, model) -> LsmPipeline:
+        tokenizer = tiny.make_tokenizer()
+        tokenizer.chat_template = self.TEMPLATE + tokenizer.chat_template
+        return LsmPipeline(model=model, processor=tiny.make_processor(tokenizer), device="cpu")
+
+    def prompts(self, pipe, monkeypatch) -> list[str]:
+        """Where the prompts of all calls to come can be read."""
+        prompts, generate = [], pipe.model.generate
+
+        def record(input_ids, **kwargs):
+            prompts.extend(pipe.processor.batch_decode(input_ids))
+            return generate(input_ids=input_ids, **kwargs)
+
+        monkeypatch.setattr(pipe.model, "generate", record)
+        return prompts
+
+    def test_arguments_reach_the_template(self, talkative, monkeypatch):
+        prompts = self.prompts(talkative, monkeypatch)
+        documents = [{"title": "A", "text": "the first document"}]
+        for kwargs in (
+            {},
+            {"tools": self.TOOLS},
+            {"documents": documents},
+            {"enable_thinking": True, "chat_template_kwargs": {"effort": "hard"}},
+        ):
+            talkative(noise(0.3), text=TEXT, **kwargs, **SHORT)
+        plain, tools, documents, thinking = prompts
+        assert "tools" not in plain and "think" not in plain
+        assert '"look_up"' in tools and "the first document" in documents and "think hard" in thinking
+
+    def test_of_the_pipeline_and_of_a_call(self, model, talkative, monkeypatch):
+        pipe = LsmPipeline(model=model, processor=talkative.processor, device="cpu", enable_thinking=True)
+        prompts = self.prompts(pipe, monkeypatch)
+        pipe(noise(0.3), text=TEXT, **SHORT)
+        pipe(noise(0.3), text=TEXT, tools=self.TOOLS, **SHORT)
+        pipe(noise(0.3), text=TEXT, enable_thinking=False, **SHORT)
+        assert ["think" in prompt for prompt in prompts] == [True, True, False]
+        assert ["look_up" in prompt for prompt in prompts] == [False, True, False]
+
+    def test_a_tools_answer(self, talkative):
+        chat = [
+            *make_chat("Look it up.", audio=noise(0.3)),
+            {"role": "assistant", "content": None, "tool_calls": []},
+            {"role": "tool", "content": "a window"},
+        ]
+        talkative.processor.chat_template = talkative.processor.chat_template.replace(
+            "message['content'] +", "(message['content'] or 'nothing') +"
+        )
+        (answered,) = talkative(chat, tools=self.TOOLS, **SHORT)
+        assert [message["role"] for message in answered["generated_text"]] == [
+            "user",
+            "assistant",
+            "tool",
+            "assistant",
+        ]
+
+    def test_arguments_of_the_processor(self, pipe, monkeypatch):
+        prompts = self.prompts(pipe, monkeypatch)
+        pipe(noise(0.3), text=TEXT, processor_kwargs={"pad_to_multiple_of": 512}, **SHORT)
+        assert prompts[0].startswith("<pad><pad>")
+
+    def test_a_misspelt_argument_is_an_error(self, pipe):
+        with pytest.raises(ValueError, match="max_new_token"):
+            pipe(noise(0.3), text=TEXT, max_new_token=3)
+
+
+class TestFinalMessages:
+    def chats(self, clip) -> list[list[dict]]:
+        whole = make_chat("Say.", audio=clip, target="It says that")
+        return [whole, [whole[0], {"role": "assistant", "content": "It says that"}]]
+
+    def test_an_answer_goes_on_from_them(self, pipe, clips):
+        for chat in self.chats(clips[0]):
+            kwargs = {"add_generation_prompt": False, "continue_final_message": True}
+            inputs = tiny.ask(pipe.processor, chat, **kwargs)
+            assert pipe.processor.decode(inputs["input_ids"][0]).endswith("assistant\nIt says that")
+            sequences = pipe.model.generate(**inputs, **SHORT)
+            text = pipe.processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert text
+            assert pipe(chat, return_full_text=False, **SHORT) == [{"generated_text": text}]
+            (full,) = pipe(chat, **SHORT)
+            user, assistant = full["generated_text"]
+            assert repr(user) == repr(chat[0])
+            content = assistant["content"]
+            assert (content if isinstance(content, str) else content[-1]["text"]) == "It says that" + text
+            assert "It says that" in repr(chat) and text not in repr(chat)
+
+    def test_unless_told_otherwise(self, pipe, clips):
+        for chat in self.chats(clips[0]):
+            (full,) = pipe(chat, continue_final_message=False, **SHORT)
+            text = answer(pipe, chat)
+            assert full["generated_text"][1:] == [chat[1], {"role": "assistant", "content": text}]
+
+    @pytest.mark.parametrize("batch_size", [2, 5])
+    def test_beside_others_in_a_batch(self, pipe, clips, batch_size):
+        chats = [make_chat("Say.", audio=clips[2]), *self.chats(clips[0]), [{"role": "user", "content": "No speech."}]]
+        assert repr(pipe(chats, batch_size=batch_size, **SHORT)) == repr(pipe(chats, **SHORT))
+        kwargs = {"num_beams": 2, "num_return_sequences": 2, "return_full_text": False, **SHORT}
+        assert pipe(chats, batch_size=batch_size, **kwargs) == pipe(chats, **kwargs)
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+    def test_output_objects(self, pipe, clips, kwargs):
+        wanted = {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True}
+        plain = pipe(clips, text=TEXT, batch_size=3, **kwargs, **SHORT)
+        assert pipe(clips, text=TEXT, batch_size=3, **wanted, **kwargs, **SHORT) == plain
+        pipe.model.generation_config.return_dict_in_generate = True
+        assert pipe(clips[0], text=TEXT, **kwargs, **SHORT) == plain[0]
+
+    def test_tokens(self, pipe, clips):
+        # Letters end answers, at another length each.
+        ends = pipe.tokenizer("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")["input_ids"]
+        kwargs = {"eos_token_id": ends, "max_new_tokens": 12}
+        alone = [pipe(clip, text=TEXT, return_tensors=True, **kwargs)[0]["generated_token_ids"] for clip in clips]
+        together = pipe(clips, text=TEXT, return_tensors=True, batch_size=3, **kwargs)
+        assert len({len(tokens) for tokens in alone}) > 1
+        assert all(
+            torch.equal(one["generated_token_ids"], tokens) for (one,), tokens in zip(together, alone, strict=True)
+        )
+        texts = pipe(clips, text=TEXT, batch_size=3, skip_special_tokens=False, **kwargs)
+        assert [one["generated_text"] for (one,) in texts] == pipe.processor.batch_decode(alone)
+        with pytest.raises(ValueError, match="`return_full_text` is mutually exclusive with `return_tensors`"):
+            pipe(clips[0], text=TEXT, return_tensors=True, return_full_text=True)
+
+    def test_stop_sequence(self, pipe, clips):
+        letters = pipe.tokenizer("abcdefgh")["input_ids"]
+        kwargs = {"suppress_tokens": [token for token in range(264) if token not in letters], "max_new_tokens": 12}
+        text = pipe(clips[1], text=TEXT, **kwargs)[0]["generated_text"]
+        (stopped,) = pipe(clips[1], text=TEXT, stop_sequence=text[2:4], **kwargs)
+        assert stopped["generated_text"] == text[: text.index(text[2:4]) + 2] != text
+
+    def test_a_generation_config(self, pipe, clips):
+        """It takes the place of what the pipeline was made with, not of the limit on an answer's length."""
+        pipe = LsmPipeline(model=pipe.model, processor=pipe.processor, device="cpu", max_new_tokens=3, num_beams=2)
+        pipe.model.generation_config.eos_token_id = None
+        config = GenerationConfig(num_beams=1)
+        tokens = pipe(clips[0], text=TEXT, generation_config=config, return_tensors=True)[0]["generated_token_ids"]
+        assert len(tokens) == 256
+        assert config.max_new_tokens is None
+        config.max_new_tokens = 5
+        tokens = pipe(clips[0], text=TEXT, generation_config=config, return_tensors=True)[0]["generated_token_ids"]
+        assert len(tokens) == 5
+
+
+class TestContext:
+    def make_pipe(self, **llm) -> LsmPipeline:
+        model, processor = tiny.make_pair(text_config=tiny.llm_config(**llm).to_dict())
+        return LsmPipeline(model=model, processor=processor, device="cpu")
+
+    def test_a_prompt_that_is_too_long(self, monkeypatch):
+        pipe = self.make_pipe(max_position_embeddings=200)
+        monkeypatch.setattr(pipe.model, "generate", None)
+        inputs = tiny.ask(pipe.processor, make_chat(TEXT, audio=noise(60)))
+        audio = (inputs["input_ids"] == pipe.model.config.audio_token_id).sum()
+        message = rf"prompt has {inputs['input_ids'].numel()} tokens, of which {audio} are audio.*holds 200 .*shorter"
+        for given in (noise(60), [noise(1), noise(60)]):
+            with pytest.raises(ValueError, match=message):
+                pipe(given, text=TEXT, batch_size=2)
+
+    def test_one_that_leaves_room_for_an_answer(self, monkeypatch):
+        prompt = tiny.ask(tiny.make_processor(), make_chat(TEXT, audio=noise(1)))["input_ids"].numel()
+        with pytest.raises(ValueError, match="longer context"):
+            self.make_pipe(max_position_embeddings=prompt)(noise(1), text=TEXT, max_new_tokens=1)
+        warnings = []
+        monkeypatch.setattr(pipeline_lsm.logger, "warning_once", warnings.append)
+        pipe = self.make_pipe(max_position_embeddings=prompt + 4)
+        # Shorter beside it, so that its row is padded: that is no reason to refuse.
+        pipe([noise(0.1), noise(1)], text=TEXT, batch_size=2, max_new_tokens=4)
+        assert not warnings
+        pipe(noise(1), text=TEXT, max_new_tokens=5)
+        assert len(warnings) == 1 and f"context of {prompt + 4} tokens" in warnings[0]
+
+    def test_an_llm_that_has_none(self):
+        model = tiny.make_model()
+        del model.config.text_config.max_position_embeddings
+        pipe = LsmPipeline(model=model, processor=tiny.make_processor(), device="cpu")
+        assert pipe(noise(1), text=TEXT, **SHORT)
 
 
 class TestRefusals:
