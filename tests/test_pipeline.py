@@ -659,6 +659,7 @@ class TestCard:
         assert card.data.license == "apache-2.0"
         assert card.data.pipeline_tag == "audio-text-to-text"
         assert card.data.library_name == "transformers"
+        assert "needs `transformers>=5.19`" in " ".join(card.text.split())
         assert "openai/whisper-tiny.en | apache-2.0 |" in card.text and "someone/llm | apache-2.0 |" in card.text
 
     def test_licences_that_differ_are_told_but_not_chosen(self):
