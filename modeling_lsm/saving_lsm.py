@@ -48,16 +48,18 @@ def save_checkpoint(
             model, save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs
         )
         return
+    # All processes of a model that is spread over several call this; one of them writes.
+    writes = model.should_save_on_this_rank(is_main_process)
     hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    if is_main_process and processor is None:
+    if writes and processor is None:
         processor = find_processor(model, folder, kwargs.get("token"))
     model.config.custom_pipelines = CUSTOM_PIPELINES
     # Saving takes the weights out of the dict that it is given.
     weights = dict(state_dict) if push_to_hub and state_dict is not None else state_dict
-    save_weights(model, folder, slim, is_main_process, weights, **kwargs)
-    if not is_main_process:
+    save_weights(model, folder, slim, writes, weights, **kwargs)
+    if not writes:
         return
     remove_stale_weights(folder, kwargs.get("variant"))
     if processor is not None:
