@@ -5,6 +5,7 @@ Nothing that one clip yields depends on the other clips of its batch: the encode
 past the end of a clip, windows have a fixed duration, and windows of padding are never made.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,7 @@ class LsmModel(LsmPreTrainedModel):
         self.audio_tower = LsmSpeechEncoder._from_config(config.audio_config)
         self.projector = PROJECTORS[projector_type](config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self._llm_takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self._take_capabilities(self.language_model)
         self.post_init()
 
@@ -251,8 +253,10 @@ class LsmModel(LsmPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **audio_inputs: torch.Tensor | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
         r"""
         Makes what the LLM reads: embeddings of words, with those of speech in their places.
 
@@ -260,8 +264,8 @@ class LsmModel(LsmPreTrainedModel):
             audio_inputs: Arguments of [`~LsmModel.get_audio_features`]; the others are those of [`~LsmModel.forward`].
 
         Returns:
-            The LLM's inputs, `inputs_embeds` of shape `(batch, sequence, hidden_size)` and whatever else it takes from
-            the ids, and the audio embeddings, `(audio tokens, hidden_size)`, or `None`.
+            The LLM's inputs, `inputs_embeds` of shape `(batch, sequence, hidden_size)`, mask, positions and whatever
+            else it takes from the ids, and the audio embeddings, `(audio tokens, hidden_size)`, or `None`.
         """
         has_audio = any(
             value is not None
@@ -272,7 +276,7 @@ class LsmModel(LsmPreTrainedModel):
         if input_ids is None:
             if has_audio:
                 raise ValueError("Audio needs `input_ids`, whose placeholders say where it goes.")
-            return {"inputs_embeds": inputs_embeds}, None
+            return self._place(inputs_embeds, attention_mask, position_ids), None
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if has_audio:
             if audio_embeds is None:
@@ -284,13 +288,22 @@ class LsmModel(LsmPreTrainedModel):
             # A prompt. What is generated comes token by token: it cannot be a placeholder, and looking costs a sync.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
             inputs_embeds = self._run_all_parts(inputs_embeds)
-        inputs = {"inputs_embeds": inputs_embeds}
+        inputs = self._place(inputs_embeds, attention_mask, position_ids)
         if getattr(self.config.text_config, "hidden_size_per_layer_input", None):
             # Gemma 3n and 4 look ids up once more for every layer: speech is padding there, as in their own models.
             padding = self.config.text_config.pad_token_id or 0
             ids = input_ids.masked_fill(input_ids == self.config.audio_token_id, padding)
             inputs["per_layer_inputs"] = self.get_decoder().get_per_layer_inputs(ids)
         return inputs, audio_embeds
+
+    def _place(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.LongTensor | None
+    ) -> dict[str, torch.Tensor | None]:
+        """Embeddings, mask and positions, which leave out padding: LLMs with absolute ones would count it on the left."""
+        is_padding_mask = attention_mask is not None and attention_mask.ndim == 2
+        if position_ids is None and is_padding_mask and self._llm_takes_positions:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
 
     def _run_all_parts(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings of a batch of text alone, after the audio parts have run for nothing where that is needed."""
@@ -343,14 +356,14 @@ class LsmModel(LsmPreTrainedModel):
             input_ids,
             inputs_embeds,
             audio_embeds,
+            attention_mask,
+            position_ids,
             input_features=input_features,
             input_features_mask=input_features_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
         outputs = self.get_decoder()(
             **inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
@@ -538,6 +551,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             input_ids,
             inputs_embeds,
             audio_embeds,
+            attention_mask,
+            position_ids,
             input_features=input_features,
             input_features_mask=input_features_mask,
             encoder_hidden_states=encoder_hidden_states,
@@ -552,8 +567,6 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             kwargs |= {"labels": labels} if shift_labels is None else {"labels": labels, "shift_labels": shift_labels}
         outputs = self.lsm.language_model(
             **inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,

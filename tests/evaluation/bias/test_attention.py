@@ -135,7 +135,7 @@ def test_bias_attention_of_a_hand_built_model_that_hears(processor):
     audio = processor(audio=[clip])
     speech = model.get_audio_features(audio["input_features"].double(), audio["input_features_mask"]).pooler_output
     llm = weights_of(model.lsm.language_model)
-    embeddings = llm["embed_tokens.weight"][tokens]
+    embeddings = llm["model.embed_tokens.weight"][tokens]
     embeddings[heard] = speech.detach().numpy()
     (measured,) = measure_attention(system, [ROW], ["fox!"])
     assert measured == pytest.approx(shares_by_hand(attention_by_hand(llm, embeddings), parts), abs=1e-6)

@@ -1,0 +1,175 @@
+"""Any causal LLM of transformers in an LSM: tiny random models of its families, each through all that an LSM does."""
+
+import json
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from modeling_lsm import LsmForConditionalGeneration, LsmProcessor, make_chat
+from modeling_lsm.augmentation import TextModel, check_provenance
+from modeling_lsm.composing import compose
+from modeling_lsm.training import add_lora, set_trained_parts
+from tests import tiny
+from tests.families import FAMILIES, make_family
+from tests.tiny import ask, noise
+
+
+SMALL = {"projector_hidden_size": 32, "projector_num_attention_heads": 4}
+FAST = ("gemma2", "gpt2", "granite", "llama", "mixtral", "qwen3_5_text")
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+families = pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in FAMILIES],
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
+def composed(family, tiny_bases, tmp_path_factory):
+    """The LLM's folder, the LSM composed with it, and its processor."""
+    folder = tmp_path_factory.mktemp(family) / family
+    make_family(family).save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    model, processor = compose(str(tiny_bases.speech), str(folder), **SMALL)
+    with torch.no_grad():  # so that speech differs from speech as words differ from words
+        tiny.enliven(model.lsm.audio_tower)
+    return folder, model, processor
+
+
+def chats() -> list[list[dict]]:
+    """Clips of different length, text alone, two clips in a prompt."""
+    two = [{"type": "audio", "audio": noise(0.4, 3)}, {"type": "text", "text": "and"}]
+    two.append({"type": "audio", "audio": noise(1.9, 4)})
+    return [
+        make_chat("What is said?", audio=noise(0.3, 1)),
+        make_chat("And at length?", audio=noise(5.1, 2)),
+        [{"role": "user", "content": "No speech at all."}],
+        [{"role": "user", "content": two}],
+    ]
+
+
+def answers(model: PreTrainedModel, processor: LsmProcessor, *chats: list[dict], **kwargs) -> list[list[int]]:
+    inputs = ask(processor, *chats)
+    sequences = model.generate(**inputs, **{"max_new_tokens": 6, "eos_token_id": None, **kwargs})
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@families
+def test_text_is_the_llm_itself(composed):
+    folder, model, processor = composed
+    llm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = ask(processor, make_chat("Translate.", transcript="he was not an ill disposed young man"))
+    with torch.no_grad():
+        logits, expected = model(**inputs).logits, llm(**inputs).logits
+    torch.testing.assert_close(logits[..., : expected.shape[-1]], expected, **TOLERANCE)
+
+
+@families
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_row_does_not_depend_on_its_batch(composed, padding_side):
+    _, model, processor = composed
+    kwargs = {"processor_kwargs": {"padding_side": padding_side}}
+    batch = ask(processor, *chats(), **kwargs)
+    with torch.no_grad():
+        rows = model(**batch).logits
+        for row, mask, chat in zip(rows, batch["attention_mask"], chats(), strict=True):
+            torch.testing.assert_close(
+                row[mask.bool()], model(**ask(processor, chat, **kwargs)).logits[0], **TOLERANCE
+            )
+
+
+@families
+def test_answers(composed):
+    """Greedy ones: with a cache and without, in a batch and alone, with beams, several at once, in a static cache."""
+    _, model, processor = composed
+    expected = [answers(model, processor, chat)[0] for chat in chats()]
+    assert len({tuple(answer) for answer in expected}) > 1
+    assert answers(model, processor, *chats()) == expected
+    assert answers(model, processor, *chats(), use_cache=False) == expected
+    if model._can_compile_fullgraph:
+        assert answers(model, processor, *chats(), cache_implementation="static", disable_compile=True) == expected
+    beams = answers(model, processor, *chats(), num_beams=3, num_return_sequences=2)
+    assert beams == [
+        a for chat in chats() for a in answers(model, processor, chat, num_beams=3, num_return_sequences=2)
+    ]
+
+
+@families
+def test_whole_and_slim_reload(composed, tmp_path):
+    folder, model, processor = composed
+    set_trained_parts(model, ["projector"])
+    inputs = ask(processor, *chats())
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    for slim in (False, True):
+        model.save_pretrained(tmp_path / f"{slim}", processor=processor, slim=slim)
+        loaded, report = LsmForConditionalGeneration.from_pretrained(tmp_path / f"{slim}", output_loading_info=True)
+        assert not any(report.values()), report
+        assert loaded.state_dict().keys() == expected.keys()
+        for name, weight in loaded.state_dict().items():
+            assert torch.equal(weight, expected[name]), name
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(**inputs).logits, logits, **TOLERANCE)
+    again = tmp_path / "again"  # what was loaded is saved under the same names
+    loaded.save_pretrained(again, processor=processor)
+    reloaded, report = LsmForConditionalGeneration.from_pretrained(again, output_loading_info=True)
+    assert not any(report.values()), report
+    assert all(torch.equal(weight, expected[name]) for name, weight in reloaded.state_dict().items())
+
+
+@families
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_trains(composed, tiny_bases, lora):
+    folder, _, _ = composed
+    model, processor = compose(str(tiny_bases.speech), str(folder), **SMALL)
+    if lora and any(isinstance(module, Conv1D) for module in model.lsm.language_model.modules()):
+        with pytest.raises(ValueError, match="keeps its weights in Conv1D layers"):
+            add_lora(model, peft.LoraConfig(r=4))
+        return
+    if lora:
+        add_lora(model, peft.LoraConfig(r=4))
+    set_trained_parts(model, ["projector", "llm"])
+    inputs = ask(processor, *chats()[:2])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.audio_token_id, -100)
+    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    losses = []
+    for _ in range(4):
+        model.train()
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        for part in (model.lsm.projector, model.lsm.language_model):
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            assert any(gradient.abs().max() > 0 for gradient in gradients)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@families
+def test_own_targets_are_accepted_and_no_others(composed, tmp_path):
+    folder, model, processor = composed
+    lsm = tmp_path / "lsm"
+    model.save_pretrained(lsm, processor=processor)
+    for name in (lsm, folder):
+        targets = tmp_path / f"targets-{name.name}"
+        targets.mkdir()
+        (targets / "provenance.json").write_text(json.dumps({"llm": TextModel(str(name)).provenance()}))
+        check_provenance(str(targets), model.config, str(lsm), processor.chat_template)
+    llm = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        llm.get_input_embeddings().weight.mul_(-3)
+    other = tmp_path / "other"
+    llm.save_pretrained(other)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(other)
+    (targets / "provenance.json").write_text(json.dumps({"llm": TextModel(str(other)).provenance()}))
+    with pytest.raises(ValueError, match="which is not the LLM of"):
+        check_provenance(str(targets), model.config, str(lsm), processor.chat_template)
