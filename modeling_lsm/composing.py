@@ -26,7 +26,6 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
-    DynamicCache,
     GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
@@ -39,6 +38,7 @@ from .fingerprints import fingerprint
 from .language_model_lsm import grow_vocabulary, load_language_model
 from .modeling_lsm import LsmForConditionalGeneration
 from .pipeline_lsm import LsmPipeline
+from .probing import check_reading, embedding_rms, measure_embedding_scale
 from .processing_lsm import AUDIO_TOKEN, LsmProcessor, make_chat
 from .projectors_lsm import PROJECTORS
 from .speech_encoder_lsm import load_speech_encoder
@@ -179,7 +179,6 @@ def compose(
     tokenizer = AutoTokenizer.from_pretrained(text_model, **of_text)
     template = read_chat_template(chat_template, tokenizer)
     llm = load_language_model(text_model, dtype, **of_text)
-    check_reading(text_model, llm)
     encoder = load_speech_encoder(speech_model, llm.dtype, **of_speech)
     base_models = {
         "speech": describe_base(speech_model, encoder),
@@ -211,63 +210,22 @@ def compose(
         model = LsmForConditionalGeneration(config)
     model.lsm.audio_tower = encoder
     model.lsm.language_model = llm
-    torch.manual_seed(seed)
-    model.lsm.projector = new_projector(config, llm)
     model.generation_config = greedy(llm.generation_config, tokenizer.pad_token_id, config.audio_token_id)
     model.tie_weights()
+    model.config.embedding_scale = measure_embedding_scale(text_model, model.eval())
+    check_reading(text_model, model)
+    torch.manual_seed(seed)
+    model.lsm.projector = new_projector(model)
     return model.eval(), processor
 
 
-@torch.no_grad()
-def check_reading(name: str, llm: PreTrainedModel) -> None:
-    """
-    Makes sure that an LLM reads what is no token, as speech is, from left to right and with a cache.
-
-    Raises:
-        ValueError: If what it says of a beginning depends on what follows, or a cache changes what it says.
-    """
-    vectors = new_vectors(llm, count=16)
-    whole = llm(inputs_embeds=vectors, attention_mask=torch.ones(1, 16, dtype=torch.long)).logits.float()
-    cache, parts = DynamicCache(config=llm.config), []
-    for start, end in ((0, 8), (8, 12), (12, 16)):
-        mask = torch.ones(1, end, dtype=torch.long)
-        outputs = llm(inputs_embeds=vectors[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
-        parts.append(outputs.logits.float())
-    found = {
-        "what it says of a beginning depends on what follows": parts[0],
-        "what it says depends on whether it has a cache": torch.cat(parts, dim=1),
-    }
-    for what, said in found.items():
-        expected = whole[:, : said.shape[1]]
-        difference = ((said - expected).norm() / expected.norm()).item()
-        if not difference < 0.1:
-            raise ValueError(
-                f"{name} ({llm.config.model_type}) cannot be the LLM: asked to read vectors that are no tokens, as "
-                f"speech is, {what} (by {difference:.0%})."
-            )
-
-
-def new_vectors(llm: PreTrainedModel, count: int) -> torch.Tensor:
-    """Random vectors as large as what the embedding module of `llm` gives, `(1, count, hidden_size)`."""
-    noise = torch.randn(1, count, llm.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return (noise * embedding_rms(llm)).to(llm.dtype)
-
-
-@torch.no_grad()
-def embedding_rms(llm: PreTrainedModel) -> float:
-    """The root mean square of what the LLM's embedding module gives, which may scale its weights (Gemma)."""
-    embeddings = llm.get_input_embeddings()
-    ids = torch.arange(0, llm.config.vocab_size, max(1, llm.config.vocab_size // 4096))
-    return embeddings(ids).float().pow(2).mean().sqrt().item()
-
-
-def new_projector(config: LsmConfig, llm: PreTrainedModel) -> nn.Module:
-    """A random projector whose output is as large as what the embedding module of `llm` gives."""
-    projector = PROJECTORS[config.projector_config.projector_type](config)
+def new_projector(model: LsmForConditionalGeneration) -> nn.Module:
+    """A random projector for `model` whose output is as large as the embeddings of words that its LLM reads."""
+    projector = PROJECTORS[model.config.projector_config.projector_type](model.config)
     with torch.no_grad():
-        nn.init.normal_(projector.output.weight, std=embedding_rms(llm) / projector.output.in_features**0.5)
+        nn.init.normal_(projector.output.weight, std=embedding_rms(model) / projector.output.in_features**0.5)
         nn.init.zeros_(projector.output.bias)
-    return projector.to(llm.dtype)
+    return projector.to(model.lsm.language_model.dtype)
 
 
 def greedy(generation_config: GenerationConfig, pad_token_id: int, audio_token_id: int) -> GenerationConfig:

@@ -173,6 +173,9 @@ class LsmConfig(PreTrainedConfig):
             Encoder frames per window, see [`AudioTiming`].
         num_queries (`int`, *optional*, defaults to 1):
             Audio tokens per window, see [`AudioTiming`]. Only the Q-Former can make more than one.
+        embedding_scale (`float`, *optional*, defaults to 1.0):
+            What the LLM multiplies embeddings by where it looks them up itself, but not where it is given them
+            (Falcon-H1). Composing measures it.
         base_models (`dict`, *optional*):
             Where the pretrained parts come from: `{"speech": …, "text": …}`, each with `id`, `revision`, `license`,
             `dtype` and `fingerprint` of the weights, and `path` if it was a local folder.
@@ -205,6 +208,7 @@ class LsmConfig(PreTrainedConfig):
     encoder_padding: str = "longest"
     window_size: int = 17
     num_queries: int = 1
+    embedding_scale: float | int = 1.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool | None = None
     base_models: dict | None = None

@@ -32,34 +32,35 @@ def load_language_model(name: str, dtype: str | torch.dtype = "auto", **hub_kwar
         llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub_kwargs)
     else:
         model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, **hub_kwargs)
-        llm = take_text_part(name, model, text_config)
+        llm = take_text_part(name, model)
     refuse_other_interfaces(name, llm)
     return llm
 
 
-def take_text_part(name: str, model: PreTrainedModel, text_config: PreTrainedConfig) -> PreTrainedModel:
+def take_text_part(name: str, model: PreTrainedModel) -> PreTrainedModel:
     """The text part of a multimodal `model`, with its weights, as the causal LM of its own."""
-    decoder = model.get_decoder()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    # The whole model's config says whether these are tied, whatever its text part's does.
+    decoder.config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(text_config, dtype=model.dtype)
+        llm = AutoModelForCausalLM.from_config(decoder.config, dtype=model.dtype)
     if type(decoder) is type(llm):
         return decoder
     attribute, own = next((n, child) for n, child in llm.named_children() if isinstance(child, PreTrainedModel))
     if type(decoder) is not type(own):
         raise ValueError(
-            f"The text part of {name} is a {type(decoder).__name__}, but {text_config.model_type}, the LLM that its "
-            f"config names, has a {type(own).__name__}. Compose with a text-only variant."
+            f"The text part of {name} is a {type(decoder).__name__}, but the causal LM of its family, "
+            f"{decoder.config.model_type}, has a {type(own).__name__}. Compose with a text-only variant."
         )
     setattr(llm, attribute, decoder)
-    llm.set_output_embeddings(model.get_output_embeddings())
+    llm.set_output_embeddings(head)
     llm.tie_weights()
     on_meta = [key for key, parameter in llm.named_parameters() if parameter.is_meta]
     if on_meta:
         raise ValueError(
-            f"{name} has no weights for {on_meta[0]} of its LLM, {text_config.model_type}. Compose with a text-only "
-            "variant."
+            f"{name} has no weights for {on_meta[0]} of its LLM, {decoder.config.model_type}. Compose with a "
+            "text-only variant."
         )
-    llm.config = decoder.config
     llm.generation_config = model.generation_config
     return llm.eval()
 
@@ -88,6 +89,8 @@ def refuse_other_interfaces(name: str, llm: PreTrainedModel) -> None:
         reason = "its forward pass takes no attention mask, without which answers depend on their batch"
     elif llm.get_input_embeddings() is None or llm.get_output_embeddings() is None:
         reason = "it does not say which its input embeddings and its head are"
+    elif (width := llm.get_input_embeddings().weight.shape[-1]) != llm.config.hidden_size:
+        reason = f"its embeddings are {width} wide, its layers {llm.config.hidden_size}"
     if reason is not None:
         raise ValueError(f"{name} ({family}) cannot be the LLM: {reason}.")
 

@@ -103,6 +103,14 @@ class LsmPreTrainedModel(PreTrainedModel):
             return load_first_release(load, name, *model_args, config=config, **kwargs)
         return load(name, *model_args, config=config, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        No, as far as initialization goes, which this answer is for: transformers passes over modules without weights
+        of their own in custom models, and so over buffers that its own models compute there (Falcon-H1).
+        """
+        return False
+
     def _take_capabilities(self, llm: PreTrainedModel):
         """What depends on the LLM's architecture is as its own class says."""
         self._is_stateful = llm._is_stateful
@@ -142,6 +150,12 @@ class LsmModel(LsmPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
+
+    def embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """The embeddings of words as the LLM reads them, `(…, hidden_size)` for ids of shape `(…)`."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        scale = self.config.embedding_scale
+        return inputs_embeds if scale == 1.0 else inputs_embeds * scale
 
     def get_decoder(self) -> PreTrainedModel:
         """The LLM without its head."""
@@ -277,7 +291,7 @@ class LsmModel(LsmPreTrainedModel):
             if has_audio:
                 raise ValueError("Audio needs `input_ids`, whose placeholders say where it goes.")
             return self._place(inputs_embeds, attention_mask, position_ids), None
-        inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids)
         if has_audio:
             if audio_embeds is None:
                 audio_embeds = self.get_audio_features(**audio_inputs, return_dict=True).pooler_output
@@ -299,8 +313,8 @@ class LsmModel(LsmPreTrainedModel):
     def _place(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.LongTensor | None
     ) -> dict[str, torch.Tensor | None]:
-        """Embeddings, mask and positions, which leave out padding: LLMs with absolute ones would count it on the left."""
-        is_padding_mask = attention_mask is not None and attention_mask.ndim == 2
+        """Embeddings, mask and positions. LLMs with absolute ones would count padding on the left by themselves."""
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         if position_ids is None and is_padding_mask and self._llm_takes_positions:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}

@@ -2,7 +2,13 @@
 
 from dataclasses import fields
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests import tiny
@@ -126,6 +132,7 @@ FAMILIES = {
     "olmo": {},
     "olmo2": {},
     "olmo3": SLIDING,
+    "olmo_hybrid": {},
     "olmoe": {},
     "opt": {"word_embed_proj_dim": 32},
     "persimmon": {},
@@ -146,15 +153,84 @@ FAMILIES = {
 }
 
 
+# Families that cannot be the LLM, and what is wrong with them.
+OTHER_CACHE = "it keeps a cache of its own kind, not transformers' `Cache`"
+LOOKS_AHEAD = "given vectors that are no tokens, as speech is, what it says of a beginning depends on what follows"
+REFUSED = {
+    "bert": ({}, LOOKS_AHEAD),
+    "cpmant": (
+        {"prompt_types": 1, "prompt_length": 4},
+        "its forward pass takes no embeddings, of which speech is made",
+    ),
+    "electra": ({"embedding_size": 16}, "its embeddings are 16 wide, its layers 32"),
+    "falcon_mamba": ({"state_size": 8}, OTHER_CACHE),
+    "mamba": ({"state_size": 8}, OTHER_CACHE),
+    "mamba2": ({"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16, "chunk_size": 16}, OTHER_CACHE),
+    "minimax": ({}, OTHER_CACHE),
+    "openai-gpt": ({}, OTHER_CACHE),
+    "recurrent_gemma": (
+        {"lru_width": 32, "num_hidden_layers": 3},
+        "given vectors that are no tokens, as speech is, what it says depends on padding before it, and so on its batch",
+    ),
+    "roberta": ({}, LOOKS_AHEAD),
+    "rwkv": ({"attention_hidden_size": 32}, OTHER_CACHE),
+    "t5": (
+        {"d_model": 32, "num_layers": 1, "d_kv": 8, "d_ff": 32},
+        "it is an encoder-decoder model, not a decoder alone",
+    ),
+    "xlnet": ({"d_inner": 64, "d_head": 8}, OTHER_CACHE),
+    "xlstm": ({"num_heads": 4}, OTHER_CACHE),
+}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+# Multimodal families: that of their text part, and the other parts.
+MULTIMODAL = {
+    "gemma3": (
+        "gemma3_text",
+        {"vision_config": {**VISION, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4},
+    ),
+    "gemma4": ("gemma4_text", {"vision_config": {**VISION, "head_dim": 8}, "audio_config": None}),
+    "llama4": (
+        "llama4_text",
+        {
+            "vision_config": {
+                **VISION,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+                "pixel_shuffle_ratio": 0.5,
+            }
+        },
+    ),
+    "mistral3": ("mistral", {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8}}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "depth": 1,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+            }
+        },
+    ),
+}
+
+
 def family_config(family: str) -> PreTrainedConfig:
     """A tiny configuration of `family`."""
     config_class = CONFIG_MAPPING[family]
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
     sizes = {name: value for name, value in SIZES.items() if name in known}
-    return config_class(**{**sizes, **FAMILIES[family]})
+    return config_class(**{**sizes, **(REFUSED[family][0] if family in REFUSED else FAMILIES[family])})
 
 
 def make_family(family: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random LLM of `family` whose every weight matters."""
-    config = AutoConfig.for_model(**family_config(family).to_dict())
-    return tiny.enliven(AutoModelForCausalLM.from_config(config), seed)
+    """A tiny random LLM of `family`, or a multimodal model with one, whose every weight matters."""
+    if family in MULTIMODAL:
+        of_text, others = MULTIMODAL[family]
+        config = CONFIG_MAPPING[family](text_config=family_config(of_text).to_dict(), **others)
+        return tiny.enliven(AutoModelForMultimodalLM.from_config(config), seed)
+    auto_class = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    return tiny.enliven(auto_class.from_config(family_config(family)), seed)

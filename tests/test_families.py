@@ -1,11 +1,13 @@
 """Any causal LLM of transformers in an LSM: tiny random models of its families, each through all that an LSM does."""
 
 import json
+import re
+from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor, make_chat
@@ -13,17 +15,20 @@ from modeling_lsm.augmentation import TextModel, check_provenance
 from modeling_lsm.composing import compose
 from modeling_lsm.training import add_lora, set_trained_parts
 from tests import tiny
-from tests.families import FAMILIES, make_family
+from tests.families import FAMILIES, MULTIMODAL, REFUSED, make_family
 from tests.tiny import ask, noise
 
 
 SMALL = {"projector_hidden_size": 32, "projector_num_attention_heads": 4}
 FAST = ("gemma2", "gpt2", "granite", "llama", "mixtral", "qwen3_5_text")
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+TABLE = Path(__file__).parents[1] / "docs" / "llm_families.md"
+COLUMNS = ("text", "batch", "answers", "static cache", "slim", "trains", "LoRA", "own targets")
+found: dict[str, dict[str, str]] = {}  # what the tests of this run have seen, for the table
 
 families = pytest.mark.parametrize(
     "family",
-    [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in FAMILIES],
+    [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in (*FAMILIES, *MULTIMODAL)],
     scope="module",
 )
 
@@ -52,25 +57,46 @@ def chats() -> list[list[dict]]:
     ]
 
 
+def load_whole(folder: Path) -> PreTrainedModel:
+    """The LLM as transformers loads it, with its other parts if it has some."""
+    auto_class = AutoModelForMultimodalLM if folder.name in MULTIMODAL else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder).eval()
+
+
 def answers(model: PreTrainedModel, processor: LsmProcessor, *chats: list[dict], **kwargs) -> list[list[int]]:
     inputs = ask(processor, *chats)
-    sequences = model.generate(**inputs, **{"max_new_tokens": 6, "eos_token_id": None, **kwargs})
+    # Tiny LLMs like to say one token for ever, whatever they hear: no token comes twice.
+    never = [processor.tokenizer.pad_token_id, processor.audio_token_id]
+    settings = {"max_new_tokens": 6, "eos_token_id": None, "no_repeat_ngram_size": 1, "suppress_tokens": never}
+    sequences = model.generate(**inputs, **settings, **kwargs)
     return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+@pytest.fixture
+def note(family):
+    """Notes what has been seen of a family, for the table."""
+
+    def note(column: str, value: str = "✓") -> None:
+        found.setdefault(family, {})[column] = value
+
+    return note
+
+
 @families
-def test_text_is_the_llm_itself(composed):
+def test_text_is_the_llm_itself(composed, note):
     folder, model, processor = composed
-    llm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    llm = load_whole(folder)
     inputs = ask(processor, make_chat("Translate.", transcript="he was not an ill disposed young man"))
     with torch.no_grad():
         logits, expected = model(**inputs).logits, llm(**inputs).logits
     torch.testing.assert_close(logits[..., : expected.shape[-1]], expected, **TOLERANCE)
+    note("text")
+    note("class", type(model.lsm.language_model).__name__)
 
 
 @families
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_a_row_does_not_depend_on_its_batch(composed, padding_side):
+def test_a_row_does_not_depend_on_its_batch(composed, padding_side, note):
     _, model, processor = composed
     kwargs = {"processor_kwargs": {"padding_side": padding_side}}
     batch = ask(processor, *chats(), **kwargs)
@@ -83,13 +109,14 @@ def test_a_row_does_not_depend_on_its_batch(composed, padding_side):
 
 
 @families
-def test_answers(composed):
+def test_answers(composed, note):
     """Greedy ones: with a cache and without, in a batch and alone, with beams, several at once, in a static cache."""
     _, model, processor = composed
     expected = [answers(model, processor, chat)[0] for chat in chats()]
     assert len({tuple(answer) for answer in expected}) > 1
     assert answers(model, processor, *chats()) == expected
     assert answers(model, processor, *chats(), use_cache=False) == expected
+    note("static cache", "✓" if model._can_compile_fullgraph else "–")
     if model._can_compile_fullgraph:
         assert answers(model, processor, *chats(), cache_implementation="static", disable_compile=True) == expected
     beams = answers(model, processor, *chats(), num_beams=3, num_return_sequences=2)
@@ -99,7 +126,7 @@ def test_answers(composed):
 
 
 @families
-def test_whole_and_slim_reload(composed, tmp_path):
+def test_whole_and_slim_reload(composed, tmp_path, note):
     folder, model, processor = composed
     set_trained_parts(model, ["projector"])
     inputs = ask(processor, *chats())
@@ -120,16 +147,18 @@ def test_whole_and_slim_reload(composed, tmp_path):
     reloaded, report = LsmForConditionalGeneration.from_pretrained(again, output_loading_info=True)
     assert not any(report.values()), report
     assert all(torch.equal(weight, expected[name]) for name, weight in reloaded.state_dict().items())
+    note("slim")
 
 
 @families
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_trains(composed, tiny_bases, lora):
+def test_trains(composed, tiny_bases, lora, note):
     folder, _, _ = composed
     model, processor = compose(str(tiny_bases.speech), str(folder), **SMALL)
     if lora and any(isinstance(module, Conv1D) for module in model.lsm.language_model.modules()):
         with pytest.raises(ValueError, match="keeps its weights in Conv1D layers"):
             add_lora(model, peft.LoraConfig(r=4))
+        note("LoRA", "–")
         return
     if lora:
         add_lora(model, peft.LoraConfig(r=4))
@@ -152,10 +181,11 @@ def test_trains(composed, tiny_bases, lora):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    note("LoRA" if lora else "trains")
 
 
 @families
-def test_own_targets_are_accepted_and_no_others(composed, tmp_path):
+def test_own_targets_are_accepted_and_no_others(composed, tmp_path, note):
     folder, model, processor = composed
     lsm = tmp_path / "lsm"
     model.save_pretrained(lsm, processor=processor)
@@ -164,7 +194,7 @@ def test_own_targets_are_accepted_and_no_others(composed, tmp_path):
         targets.mkdir()
         (targets / "provenance.json").write_text(json.dumps({"llm": TextModel(str(name)).provenance()}))
         check_provenance(str(targets), model.config, str(lsm), processor.chat_template)
-    llm = AutoModelForCausalLM.from_pretrained(folder)
+    llm = load_whole(folder)
     with torch.no_grad():
         llm.get_input_embeddings().weight.mul_(-3)
     other = tmp_path / "other"
@@ -173,3 +203,56 @@ def test_own_targets_are_accepted_and_no_others(composed, tmp_path):
     (targets / "provenance.json").write_text(json.dumps({"llm": TextModel(str(other)).provenance()}))
     with pytest.raises(ValueError, match="which is not the LLM of"):
         check_provenance(str(targets), model.config, str(lsm), processor.chat_template)
+    note("own targets")
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_is_refused(family, tiny_bases, tmp_path):
+    folder, reason = tmp_path / family, REFUSED[family][1]
+    make_family(family).save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"\({family}\) cannot be the LLM: {re.escape(reason)}\.$"):
+        compose(str(tiny_bases.speech), str(folder), **SMALL)
+
+
+@pytest.mark.slow
+def test_table():
+    """`docs/llm_families.md` is written here, from what the tests above have seen."""
+    tested = [*FAMILIES, *MULTIMODAL]
+    if found.keys() != set(tested):
+        pytest.skip("only some of the families were tested")
+    assert len(tested) >= 40
+    head = ["family", "class", *COLUMNS]
+    rows = [
+        [f"`{family}`", f"`{found[family]['class']}`", *(found[family][c] for c in COLUMNS)]
+        for family in sorted(tested)
+    ]
+    lines = [head, ["---", "---", *(":---:" for _ in COLUMNS)], *rows]
+    refused = [["family", "cannot be the LLM, because"], ["---", "---"]]
+    refused += [[f"`{family}`", reason] for family, (_, reason) in sorted(REFUSED.items())]
+    table, refused = ("\n".join(f"| {' | '.join(line)} |" for line in part) for part in (lines, refused))
+    text = PAGE.format(count=len(tested), table=table, refused=refused)
+    if not TABLE.is_file() or TABLE.read_text(encoding="utf-8") != text:
+        TABLE.write_text(text, encoding="utf-8")
+        pytest.fail(f"{TABLE.name} was not what the tests have seen, and has been written anew. Commit it.")
+
+
+PAGE = """\
+# LLM families
+
+Any causal LM of transformers that reads embeddings and caches as the others do can be the LLM of an LSM, the text part of
+a multimodal model too. `tests/test_families.py` composes a tiny random model of each of {count} families and writes this page.
+
+- *text*: without audio, logits are the LLM's own. *batch*: a row does not depend on its batch, padded on either side.
+- *answers*: the same with a cache and without, in a batch and alone, greedy and with beams.
+- *static cache*: the same in one (–: transformers has none for the family).
+- *slim*: whole and slim checkpoints reload to the same weights. *trains*, *LoRA*: the loss falls, whole and with LoRA (–:
+  the family keeps its weights transposed).
+- *own targets*: what the LLM wrote is told from what another did.
+
+{table}
+
+## Not these
+
+{refused}
+"""

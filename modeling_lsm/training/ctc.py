@@ -113,9 +113,9 @@ class Aligner(nn.Module):
             self.encoder.requires_grad_(False).eval()
         embeddings = model.get_input_embeddings()
         with whole(embeddings.parameters()), torch.no_grad():
-            # Through the module, as some LLMs scale what they look up.
+            # Not its weights, as some LLMs scale what they look up.
             tokens = torch.tensor(vocabulary, device=embeddings.weight.device)
-            self.head = EmbeddingCtcHead(embeddings(tokens).float().cpu())
+            self.head = EmbeddingCtcHead(parts.embed_tokens(tokens).float().cpu())
         self.encoder_padding = model.config.encoder_padding
 
     def train(self, mode: bool = True):

@@ -8,6 +8,7 @@ import peft
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling_lsm import LsmForConditionalGeneration
@@ -35,8 +36,8 @@ def add_lora(model: LsmForConditionalGeneration, lora_config: peft.LoraConfig) -
     """
     check_mergeable(model, lora_config)
     llm = model.lsm.language_model
-    if lora_config.target_modules is None:
-        lora_config.target_modules = "all-linear"
+    if lora_config.target_modules in (None, "all-linear"):
+        lora_config.target_modules = linear_layers(llm)
     # The LLM is what is quantized. Of a model that is, as a whole, trainers expect no weights to train, or cast those
     # that do to bfloat16; and PEFT asks the module that it is given.
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -86,6 +87,20 @@ def check_mergeable(model: LsmForConditionalGeneration, lora_config: peft.LoraCo
             f"`target_modules` names {', '.join(sorted(wrong))}: LoRA goes into linear layers of the LLM's blocks, "
             "not into embeddings, head or whole blocks. Name layers like q_proj, or 'all-linear'."
         )
+
+
+def linear_layers(llm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of the LLM's blocks that LoRA goes into where none are named."""
+    names = []
+    for name, module in llm.named_modules():
+        # Routers of experts may be linear layers, but give more than a product.
+        is_router = "router" in type(module).__name__.lower()
+        if isinstance(module, nn.Linear) and not is_router and module is not llm.get_output_embeddings():
+            parent, _, leaf = name.rpartition(".")
+            # State-space mixers have kernels that take the weights of `out_proj` past the layer.
+            if leaf != "out_proj" or not hasattr(llm.get_submodule(parent), "conv1d"):
+                names.append(name)
+    return names
 
 
 def lora_layers(model: LsmForConditionalGeneration) -> Iterator[LoraLayer]:

@@ -53,7 +53,7 @@ def make_pair(projector: str = "mlp", **kwargs):
     """A tiny model with a projector as composing makes it, and its processor."""
     model, processor = tiny.make_pair(**{**PROJECTORS[projector], **kwargs})
     torch.manual_seed(0)
-    model.lsm.projector = new_projector(model.config, model.lsm.language_model)
+    model.lsm.projector = new_projector(model)
     return model, processor
 
 
