@@ -5,25 +5,28 @@ The prompt that asks the LLM for a training target, the prompt that trains on it
 `make_chat(...)`, rendered with the processor's one template; only the transcript changes places with the audio.
 """
 
-import io
-import os
-import re
-from math import gcd
+from collections.abc import Callable
+from copy import copy
+from dataclasses import fields
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.audio_utils import load_audio as fetch_audio
 
+from .audio_lsm import load_waveform
 from .configuration_lsm import AudioTiming
+from .fetching_lsm import is_fetched
+from .placeholders_lsm import mark_literals, tokenizer_of
+from .signals_lsm import AudioLimits
 
 
 AUDIO_TOKEN = "<|audio|>"
-MAX_CHANNELS = 8
-SIZE_UNKNOWN = 0x7FFFF000  # a WAV that was written to a pipe declares this size or a larger one
-MAX_OGG_PAGE = 65_307  # bytes
+AUDIO_KEYS = ("audio", "path", "url")
+OPENAI_KEYS = {"input_audio": "data", "audio_url": "url"}
+# Arguments of `load_waveform` that a call of the processor takes.
+READING_KWARGS = ("sampling_rate", "channel_axis", *(field.name for field in fields(AudioLimits)))
 
 
 def make_chat(
@@ -48,182 +51,6 @@ def make_chat(
     if target is not None:
         chat.append({"role": "assistant", "content": [{"type": "text", "text": target}]})
     return chat
-
-
-def describe_source(source: Any) -> str:
-    """What to call an audio source in an error message."""
-    if isinstance(source, (str, os.PathLike)):
-        return f"audio file '{source}'"
-    if isinstance(source, bytes):
-        return f"audio bytes (length {len(source)})"
-    if isinstance(source, dict):
-        return f"audio file '{source['path']}'" if source.get("path") else "audio dict"
-    return "audio array"
-
-
-def load_waveform(source: Any, sampling_rate: int | None = None, target_rate: int = 16_000) -> np.ndarray:
-    """
-    Reads audio from wherever it is and turns it into what a speech encoder takes.
-
-    Args:
-        source:
-            A path or URL, the `bytes` of an audio file, an array or tensor of shape `(samples,)`,
-            `(channels, samples)` or `(samples, channels)`, a `(samples, rate)` tuple as `soundfile.read` gives it, a
-            `datasets` dict (`{"array", "sampling_rate"}` or `{"path", "bytes"}`), or a decoder with
-            `get_all_samples()`. Integers are scaled by the range of their type; floats are taken as they are.
-        sampling_rate (`int`, *optional*):
-            Samples per second of a bare array. Defaults to `target_rate`. Files say it themselves.
-        target_rate (`int`, *optional*, defaults to 16000):
-            Samples per second of the result.
-
-    Returns:
-        `np.ndarray` of shape `(samples,)`: mono, float32, at `target_rate`.
-
-    Raises:
-        FileNotFoundError: If a path does not exist.
-        ValueError: If the audio cannot be decoded, is cut off, has no samples, has samples that are not finite, or has
-            a shape that is not that of audio.
-        ImportError: If no installed package can decode or resample.
-    """
-    name = describe_source(source)
-    if isinstance(source, dict):
-        if source.get("array") is not None and "sampling_rate" in source:
-            source, sampling_rate = source["array"], source["sampling_rate"]
-        elif source.get("bytes") or source.get("path"):
-            source = source.get("bytes") or source["path"]
-        else:
-            raise ValueError(
-                f"An audio dict has the keys {sorted(source)}; expected 'array' and 'sampling_rate', "
-                "'bytes', or 'path'."
-            )
-    elif isinstance(source, tuple):
-        if len(source) != 2:
-            raise ValueError(f"An audio tuple has {len(source)} items; expected 2: samples and their sampling rate.")
-        source, sampling_rate = source
-
-    if hasattr(source, "get_all_samples"):  # a torchcodec decoder, which is what `datasets.Audio` decodes to
-        samples = source.get_all_samples()
-        source, sampling_rate = samples.data, samples.sample_rate
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        source, sampling_rate = fetch_audio(source, sampling_rate=target_rate), target_rate
-    elif isinstance(source, (str, os.PathLike, bytes)):
-        source, sampling_rate = decode(source, name)
-
-    waveform = to_mono_float(source, name)
-    if waveform.size == 0:
-        raise ValueError(f"The {name} has no samples. Leave it out, or check how it was cut.")
-    if not np.isfinite(waveform).all():
-        count = int((~np.isfinite(waveform)).sum())
-        raise ValueError(
-            f"The {name} has {count} samples that are NaN or infinite. Repair or leave out this recording."
-        )
-    if sampling_rate is None or sampling_rate == target_rate:
-        return waveform
-    if not isinstance(sampling_rate, Real) or sampling_rate <= 0:
-        raise ValueError(
-            f"The {name} has a sampling rate of {sampling_rate!r}; expected samples per second, like 16000."
-        )
-    return resample(waveform, int(sampling_rate), target_rate)
-
-
-def decode(source: str | os.PathLike | bytes, name: str) -> tuple[np.ndarray, int]:
-    """Decodes an audio file or its bytes to samples, `(samples, channels)` or `(samples,)`, and their rate."""
-    size = len(source) if isinstance(source, bytes) else None
-    if size is None:
-        if not os.path.isfile(source):
-            raise FileNotFoundError(f"There is no {name}. Check the path; relative ones start at {os.getcwd()}.")
-        size = os.path.getsize(source)
-    if size == 0:
-        raise ValueError(f"The {name} is empty (0 bytes). Fetch or record it again.")
-    try:
-        import soundfile
-    except ImportError as error:
-        try:  # torchcodec, where it is there; it takes a path only
-            return fetch_audio(os.fspath(source)), 16_000
-        except (ImportError, TypeError):
-            raise ImportError(f"Reading {name} needs soundfile: pip install soundfile.") from error
-    try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as file:
-            declared, header = file.frames, file.extra_info
-            samples, sampling_rate = file.read(dtype="float32"), file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(
-            f"The {name} cannot be decoded: {error} It is damaged, cut off, or not WAV, FLAC, OGG or MP3; convert it "
-            "first (for instance with ffmpeg)."
-        ) from error
-    # libsndfile reads what is left of a file that was cut off, and only remarks on it.
-    sizes = [(int(size), int(there)) for size, there in re.findall(r" : (\d+) \(should be (\d+)\)", header)]
-    cut_off = len(samples) < declared or any(there < size < SIZE_UNKNOWN for size, there in sizes)
-    if cut_off or last_ogg_page_is_cut_off(source):
-        raise ValueError(
-            f"The {name} is cut off: it holds {len(samples)} samples, fewer than it should. Fetch it again."
-        )
-    return samples, sampling_rate
-
-
-def last_ogg_page_is_cut_off(source: str | os.PathLike | bytes) -> bool:
-    """Whether an OGG file or its bytes end inside of a page, about which libsndfile says nothing."""
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        if file.read(4) != b"OggS":
-            return False
-        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OGG_PAGE))
-        page = file.read()
-    page = page[page.rfind(b"OggS") :]
-    return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
-
-
-def to_mono_float(samples: Any, name: str) -> np.ndarray:
-    """Turns an array, tensor or list of samples into a float32 array of shape `(samples,)`."""
-    if isinstance(samples, torch.Tensor):
-        samples = samples.detach().cpu()
-        samples = (samples.float() if samples.is_floating_point() else samples).numpy()
-    samples = np.asarray(samples)
-    if samples.dtype.kind not in "iuf":
-        raise ValueError(
-            f"The {name} has the type {samples.dtype}; expected integer or float samples, a path, or bytes."
-        )
-    if samples.dtype.kind in "iu" and samples.dtype.itemsize > 4:
-        raise ValueError(
-            f"The {name} holds {samples.dtype} samples, whose full scale nobody uses. Pass 8-, 16- or 32-bit "
-            "integers, or floats within ±1."
-        )
-    if samples.ndim == 2 and min(samples.shape) <= MAX_CHANNELS:
-        channel_axis = int(np.argmin(samples.shape))
-    elif samples.ndim == 1:
-        channel_axis = None
-    else:
-        raise ValueError(
-            f"The {name} has the shape {samples.shape}; expected (samples,), (channels, samples) or (samples, "
-            f"channels) with at most {MAX_CHANNELS} channels. Pass several clips as a list of arrays."
-        )
-    dtype = samples.dtype
-    samples = samples.astype(np.float32)
-    if dtype.kind == "u":
-        samples = samples / (np.iinfo(dtype).max // 2 + 1) - 1
-    elif dtype.kind == "i":
-        samples = samples / -float(np.iinfo(dtype).min)
-    if channel_axis is not None:
-        samples = samples.mean(axis=channel_axis) if samples.size else samples.reshape(-1)
-    return np.ascontiguousarray(samples, dtype=np.float32)
-
-
-def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Resamples `waveform`, `(samples,)`, with torchaudio or else with soxr, to `ceil(samples * ratio)` samples."""
-    try:
-        import torchaudio
-
-        divisor = gcd(source_rate, target_rate)
-        return torchaudio.functional.resample(
-            torch.from_numpy(waveform), source_rate // divisor, target_rate // divisor
-        ).numpy()
-    except (ImportError, OSError) as torchaudio_error:  # an OSError where its compiled part does not load
-        try:
-            import soxr
-        except ImportError:
-            raise ImportError(
-                f"Resampling from {source_rate} to {target_rate} Hz needs torchaudio or soxr: pip install torchaudio."
-            ) from torchaudio_error
-        return soxr.resample(waveform, source_rate, target_rate).astype(np.float32)
 
 
 class LsmProcessor(ProcessorMixin):
@@ -253,8 +80,9 @@ class LsmProcessor(ProcessorMixin):
     >>> inputs["input_features"].shape  # (chunks, mels, mel frames), inputs["input_ids"] is (1, tokens)
     ```"""
 
+    # Defaults of a call, and of how its clips are read (see `__call__`): `processor.audio_kwargs = {…}` changes them.
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    audio_kwargs = {"return_tensors": "pt"}
+    audio_kwargs = {}
 
     def __init__(
         self,
@@ -300,6 +128,9 @@ class LsmProcessor(ProcessorMixin):
                 A clip or a list of clips, in the order of their placeholders: anything that [`load_waveform`] takes.
             sampling_rate (`int`, *optional*):
                 Samples per second of clips that are bare arrays. Defaults to the encoder's own rate.
+            kwargs:
+                Arguments of the tokenizer, or `text_kwargs` with them; `channel_axis` of [`load_waveform`] and the
+                fields of [`AudioLimits`], like `max_seconds=7200` or `local_files=False`, or `audio_kwargs` with them.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask`, `(batch, tokens)`, and, if there is audio,
@@ -307,29 +138,63 @@ class LsmProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If clips and placeholders differ in number, or a clip cannot be used.
+            OSError: If a clip cannot be read from where it is.
         """
+        reading, kwargs = split_reading_kwargs({"sampling_rate": sampling_rate, **kwargs})
         if audio is not None:
             clips = audio if isinstance(audio, list) and not is_list_of_numbers(audio) else [audio]
-            rate = self.feature_extractor.sampling_rate
-            audio = [load_waveform(clip, sampling_rate, rate) for clip in clips] or None
-        if "padding_side" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
-            # Said in every call: a trainer may have turned the tokenizer's own side, which would come first.
-            kwargs["padding_side"] = self.text_kwargs["padding_side"]
-        return super().__call__(text=text, audio=audio, **kwargs)
+            audio = [self._load_clip(clip, reading) for clip in clips] or None
+        # Said in every call: a trainer may have turned the tokenizer's own side, which would come first, and
+        # transformers before 5.23 does not look at a class's defaults.
+        given = {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        kwargs |= {key: value for key, value in self.text_kwargs.items() if key not in given}
+        processor = self
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            tokenizer = tokenizer_of(texts, self.tokenizer, self.audio_token)
+            if tokenizer is not self.tokenizer:
+                processor = copy(self)
+                processor.tokenizer = tokenizer
+        return super(LsmProcessor, processor).__call__(text=text, audio=audio, **kwargs)
 
-    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
         """
         As in [`ProcessorMixin.apply_chat_template`]. An audio item of a message's content holds its clip under
         `"audio"`, `"path"` or `"url"` (anything that [`load_waveform`] takes), and, for a bare array, may hold its
-        `"sampling_rate"`. Files and arrays of any rate are resampled.
-        """
-        if kwargs.get("tokenize"):
-            batched = isinstance(conversation[0], (list, tuple))
-            chats = [self._load_audio_items(chat) for chat in (conversation if batched else [conversation])]
-            conversation = chats if batched else chats[0]
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        `"sampling_rate"`. Files and arrays of any rate are resampled. OpenAI's `input_audio` items (base64) and
+        `audio_url` items (http(s) and `data:` alone) are taken as well. The audio token in a text is text.
 
-    def _load_audio_items(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        Args:
+            processor_kwargs (`dict`, *optional*):
+                Arguments of a call of the processor, like `{"local_files": False}` for chats of strangers.
+        """
+        batched = isinstance(conversation[0], (list, tuple))
+        chats = [with_audio_items(chat) for chat in (conversation if batched else [conversation])]
+        if kwargs.get("tokenize"):
+            reading, processor_kwargs = split_reading_kwargs(processor_kwargs or {})
+            flat, kwargs = split_reading_kwargs(kwargs)
+            reading = {**flat, **reading}
+            # Of the call that follows, whose clips are at the encoder's rate by then.
+            processor_kwargs |= {**reading, "sampling_rate": self.feature_extractor.sampling_rate}
+            chats = [mark_literals(self._load_audio_items(chat, reading), self.audio_token) for chat in chats]
+            kwargs |= {key: mark_literals(kwargs.get(key), self.audio_token) for key in ("tools", "documents")}
+        return super().apply_chat_template(
+            chats if batched else chats[0], chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def _load_clip(self, clip: Any, reading: dict[str, Any]) -> np.ndarray:
+        """A clip at the encoder's rate, read with the arguments `reading` of [`load_waveform`]."""
+        defaults, _ = split_reading_kwargs(self.audio_kwargs)
+        return load_waveform(clip, target_rate=self.feature_extractor.sampling_rate, **{**defaults, **reading})
+
+    def _load_audio_items(self, chat: list[dict[str, Any]], reading: dict[str, Any]) -> list[dict[str, Any]]:
         """A copy of `chat` in which every audio item holds a waveform."""
 
         def load(item):
@@ -340,21 +205,16 @@ class LsmProcessor(ProcessorMixin):
                 )
             if item["type"] != "audio":
                 return item
-            source = next((item[key] for key in ("audio", "path", "url") if item.get(key) is not None), None)
+            source = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
             if source is None:
                 raise ValueError(
                     f"A message holds an audio item without audio (its keys are {sorted(item)}). Put the clip under "
                     "'audio', 'path' or 'url', or remove the item."
                 )
-            waveform = load_waveform(source, item.get("sampling_rate"), self.feature_extractor.sampling_rate)
-            return {"type": "audio", "audio": waveform}
+            own = {"sampling_rate": item["sampling_rate"]} if item.get("sampling_rate") is not None else {}
+            return {"type": "audio", "audio": self._load_clip(source, {**reading, **own})}
 
-        return [
-            message
-            if isinstance(message.get("content"), str) or message.get("content") is None
-            else {**message, "content": [load(item) for item in message["content"]]}
-            for message in chat
-        ]
+        return change_items(chat, load)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if text is not None and all(isinstance(sample, str) for sample in text):
@@ -448,6 +308,49 @@ class LsmProcessor(ProcessorMixin):
 def is_list_of_numbers(values: list) -> bool:
     """Whether `values` is one clip given as a list of samples rather than a list of clips."""
     return bool(values) and isinstance(values[0], Real)
+
+
+def split_reading_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of `kwargs`, and of `audio_kwargs` in them, that say how clips are read, and all others."""
+    audio_kwargs = kwargs.get("audio_kwargs") or {}
+    given = {**audio_kwargs, **{key: value for key, value in kwargs.items() if value is not None}}
+    reading = {key: given[key] for key in READING_KWARGS if given.get(key) is not None}
+    others = {key: value for key, value in kwargs.items() if key not in READING_KWARGS}
+    if audio_kwargs:
+        others["audio_kwargs"] = {key: value for key, value in audio_kwargs.items() if key not in READING_KWARGS}
+    return reading, others
+
+
+def change_items(chat: list[dict[str, Any]], change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict]:
+    """A copy of `chat` with `change` applied to each item of its messages."""
+    return [
+        message
+        if isinstance(message.get("content"), str) or message.get("content") is None
+        else {**message, "content": [change(item) for item in message["content"]]}
+        for message in chat
+    ]
+
+
+def with_audio_items(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of `chat` with audio items in the place of OpenAI's, which come over a network: they name no file."""
+
+    def convert(item):
+        kind = item.get("type")
+        if kind not in OPENAI_KEYS:
+            return item
+        source = item.get(kind)
+        if isinstance(source, dict):
+            source = source.get(OPENAI_KEYS[kind])
+        if kind == "input_audio" and isinstance(source, str):
+            source = f"data:audio;base64,{source}"
+        if not is_fetched(source):
+            raise ValueError(
+                f"A message holds an item of type {kind!r} with {source!r:.80}; expected base64 under 'data', or an "
+                "http(s) or data: URL under 'url'. Name files of this machine as {'type': 'audio', 'path': …}."
+            )
+        return {"type": "audio", "audio": source}
+
+    return change_items(chat, convert)
 
 
 __all__ = ["AUDIO_TOKEN", "LsmProcessor", "load_waveform", "make_chat"]

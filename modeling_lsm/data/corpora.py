@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from ..processing_lsm import load_waveform
+from .hub_paths import check_hub_path
 from .manifests import PEEKED_ROWS, READERS, Unparsable, find_files, read_dataset
 
 
@@ -124,6 +125,13 @@ class Corpus:
         if not isinstance(audio, dict if self.embeds_audio else str):
             row.problem = f"{self.audio_column} is not a path: {audio!r:.80}"
             return row
+        named = audio if isinstance(audio, str) else None if audio.get("bytes") else audio.get("path")
+        if not self.files and named:
+            try:
+                check_hub_path(named, self.name)
+            except ValueError as error:
+                row.problem = str(error)
+                return row
         row.audio, row.written_audio = audio, written
         if not isinstance(text, str):
             row.problem = f"{self.text_column} is not a string: {text!r:.80}"

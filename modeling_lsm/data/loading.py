@@ -1,6 +1,7 @@
 """Sets of rows, wherever they are: opened in one form, mixed, or turned into the baseline's."""
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -24,8 +25,10 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from .. import __version__
+from ..fetching_lsm import is_fetched
+from .hub_paths import check_hub_path
 from .manifests import PEEKED_ROWS, READERS, Unparsable, find_files, undecoded
-from .rows import FEATURES, REPLACED_BY_MESSAGES, to_row, with_usual_names
+from .rows import FEATURES, REPLACED_BY_MESSAGES, chat_clips, to_row, with_usual_names
 
 
 logger = logging.getLogger(__name__)
@@ -125,12 +128,21 @@ def read_rows(files: list[str], columns: tuple[str, ...]) -> Iterator[dict[str, 
 def read_hub_record(record: dict[str, Any], index: int, name: str, columns: tuple[str, ...]) -> dict[str, Any]:
     """The row that a record of a dataset on the Hub makes."""
     row = to_row(record, f"{name}[{record.get('__key__', index)}]", columns=columns)
-    if row["audio"] and row["audio"]["bytes"] is None and "://" in row["audio"]["path"]:  # of a stream
+    own = row["audio"]["path"] if row["audio"] and row["audio"]["bytes"] is None else None
+    named = [own] if own is not None else []
+    for clip in chat_clips(json.loads(row["messages"])) if row["messages"] else []:
+        named.append(clip[0] if isinstance(clip, tuple) else clip)
+    try:
+        for path in filter(None, named):
+            check_hub_path(path, name)
+    except ValueError as error:
+        return {**row, "problem": str(error)}
+    if own is not None and "://" in own and not is_fetched(own):  # of a stream
         try:
-            with fsspec.open(row["audio"]["path"], "rb") as file:
+            with fsspec.open(own, "rb") as file:
                 row["audio"]["bytes"] = file.read()
         except (OSError, ValueError) as error:
-            row["problem"] = f"{row['audio']['path']} cannot be fetched: {error}"
+            row["problem"] = f"{own} cannot be fetched: {error}"
     return row
 
 

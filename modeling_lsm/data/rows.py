@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Features, Value
 from transformers import BatchEncoding
 
+from ..placeholders_lsm import mark_literals, tokenizer_of
 from ..processing_lsm import LsmProcessor, make_chat
 from .manifests import Unparsable
 
@@ -200,13 +201,14 @@ def render(
     This and `tokenize` are what [`LsmProcessor.apply_chat_template`] does with a chat, for when its audio is known by
     its length alone.
     """
-    text = processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
+    marked = mark_literals(chat, processor.audio_token)
+    text = processor.apply_chat_template(marked, add_generation_prompt=add_generation_prompt)
     start, *pieces = text.split(processor.audio_token)
     clips = chat_clips(chat)
     if len(pieces) != len(clips):
         raise ValueError(
             f"A chat has {len(clips)} clips, but its text {len(pieces)} placeholders ({processor.audio_token}) of "
-            f"audio: {text[:200]!r}. Take the placeholders out of its messages."
+            f"audio: {text[:200]!r}. Check the chat template."
         )
     counts = num_audio_tokens[: len(pieces)]
     return start + "".join(processor.audio_token * count + piece for count, piece in zip(counts, pieces, strict=True))
@@ -216,7 +218,8 @@ def tokenize(processor: LsmProcessor, texts: list[str], **kwargs) -> BatchEncodi
     """Tokens of rendered chats; `kwargs` are those of the tokenizer."""
     bos_token = processor.tokenizer.bos_token
     has_bos = bos_token is not None and texts[0].startswith(bos_token)
-    return processor.tokenizer(texts, add_special_tokens=not has_bos, **kwargs)
+    tokenizer = tokenizer_of(texts, processor.tokenizer, processor.audio_token)
+    return tokenizer(texts, add_special_tokens=not has_bos, **kwargs)
 
 
 __all__ = [

@@ -163,11 +163,33 @@ def test_arrays_of_another_rate_in_a_chat(processor):
     assert batch["input_features_mask"].sum() == 100
 
 
+def test_the_audio_token_in_a_row_is_text(processor):
+    """In an instruction, a transcript or an answer it takes no clip's place, and is learnt as text."""
+    literal = processor.audio_token
+    rows = [row(f"Write {literal} down.", f"{literal} it is"), row(), row(literal, literal, 0.4, 1)]
+    for source in rows:
+        source["text"] = f"{literal}!"
+    batch = SpeechTextCollator(processor, with_transcript=True)(rows)
+    for index, source in enumerate(rows):
+        ids = batch["input_ids"][index]
+        placeholders = ids == processor.audio_token_id
+        assert placeholders.sum() == processor.timing.audio_tokens_of_clip(len(source["audio"]))
+        assert source["instruction"] in processor.decode(ids[~placeholders])
+        for name in ("labels", "teacher_labels"):
+            learnt = batch[name][index][batch[name][index] != IGNORED_LABEL]
+            assert processor.decode(learnt) == source["target"] + processor.tokenizer.eos_token
+        assert f"{literal}!" in processor.decode(batch["teacher_input_ids"][index])
+        prompt = tiny.ask(processor, make_chat(source["instruction"], audio=source["audio"]))["input_ids"][0]
+        assert torch.equal(ids[: len(prompt)], prompt)
+    assert not (batch["teacher_input_ids"] == processor.audio_token_id).any()
+
+
 def test_chats_that_do_not_fit_their_clips_are_refused(processor):
+    deaf = tiny.make_processor(chat_template="{% for m in messages %}{{ m.role }}{% endfor %}")
     with pytest.raises(
-        ValueError, match=r"1 clips, but its text 2 placeholders \(<\|audio\|>\).*Take the placeholders"
+        ValueError, match=r"1 clips, but its text 0 placeholders \(<\|audio\|>\) of audio: 'userassist"
     ):
-        SpeechTextCollator(processor)([row("Write <|audio|> down.")])
+        SpeechTextCollator(deaf)([row()])
     messages = [{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": "a cat"}]
     with pytest.raises(ValueError, match="an audio item without a path, and the row has no audio"):
         SpeechTextCollator(processor)([{"messages": messages}])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import zipfile
 from collections import Counter
 
 import datasets
@@ -12,9 +13,12 @@ import pytest
 import soundfile
 from datasets import Audio, Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 from torch.utils.data import DataLoader
 
-from modeling_lsm.data import loading
+from modeling_lsm.data import corpora, loading
+from modeling_lsm.data.corpora import Corpus
 from modeling_lsm.data.loading import ask_for_transcriptions, load_rows, mix_rows
 from modeling_lsm.data.rows import FEATURES
 from tests import tiny
@@ -130,14 +134,66 @@ def test_a_set_of_the_hub_gives_the_same_rows_read_or_streamed(tmp_path, monkeyp
         load_rows("someone/corpus", columns=("audio", "task"))
 
 
-def test_files_of_a_stream_from_the_hub_are_fetched(tmp_path, monkeypatch):
-    (tmp_path / "a.wav").write_bytes(wave_bytes())
-    rows = [{"audio": f"file://{tmp_path}/{name}.wav", "text": name} for name in "ab"]
-    stream = Dataset.from_list(rows).to_iterable_dataset()
+class FakeHub(LocalFileSystem):
+    """`hf://` paths, of a folder."""
+
+    protocol = "hf"
+    folder = None
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path if path.startswith(str(cls.folder)) else f"{cls.folder}/{path.removeprefix('hf://')}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeHub, "folder", tmp_path)
+    monkeypatch.setitem(_registry, "hf", FakeHub)
+    folder = tmp_path / "datasets" / "someone" / "corpus@main"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_files_of_a_stream_from_the_hub_are_fetched(hub, monkeypatch):
+    (hub / "a.wav").write_bytes(wave_bytes())
+    with zipfile.ZipFile(hub / "clips.zip", "w") as archive:
+        archive.writestr("a.wav", wave_bytes())
+    own = "hf://datasets/someone/corpus@main"
+    paths = [f"{own}/a.wav", f"zip://a.wav::{own}/clips.zip", f"{own}/b.wav", "https://example.org/a.wav"]
+    stream = Dataset.from_list([{"audio": path, "text": "one"} for path in paths]).to_iterable_dataset()
     monkeypatch.setattr(loading, "load_dataset", lambda *args, **kwargs: stream)
-    there, missing = load_rows("someone/corpus", streaming=True)
-    assert there["audio"]["bytes"] == wave_bytes() and there["problem"] is None
+    there, zipped, missing, url = load_rows("someone/corpus", streaming=True)
+    assert there["audio"]["bytes"] == zipped["audio"]["bytes"] == wave_bytes()
+    assert there["problem"] is zipped["problem"] is url["problem"] is None
     assert "b.wav cannot be fetched" in missing["problem"]
+    assert url["audio"] == {"path": "https://example.org/a.wav", "bytes": None}  # `load_waveform` fetches it, safely
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_rows_of_the_hub_name_no_other_files(tmp_path, monkeypatch, streaming):
+    (tmp_path / "secret.wav").write_bytes(wave_bytes())
+    paths = [str(tmp_path / "secret.wav"), f"file://{tmp_path}/secret.wav", "s3://bucket/a.wav", "secret.wav"]
+    chat = [{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": "A cat."}]
+    several = [{"type": "audio", "path": path, "sampling_rate": 8_000} for path in paths[:2]]
+    records = [{"audio": {"path": path, "bytes": None}, "messages": json.dumps(chat)} for path in paths]
+    records.append({"audio": None, "messages": json.dumps([{"role": "user", "content": several}, chat[1]])})
+    records.append({"audio": {"path": paths[0], "bytes": wave_bytes()}, "messages": json.dumps(chat)})
+    rows = Dataset.from_list(records)
+    rows = rows.to_iterable_dataset() if streaming else rows
+    monkeypatch.setattr(loading, "load_dataset", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(loading, "fsspec", None)
+    *refused, embedded = load_rows("someone/corpus", streaming=streaming)
+    for row, path in zip(refused, [*paths, paths[0]], strict=True):
+        assert f"{path!r} is not a file of the dataset someone/corpus" in row["problem"]
+    assert embedded["problem"] is None and embedded["audio"]["bytes"] == wave_bytes()
+
+    monkeypatch.setattr(
+        corpora,
+        "load_dataset",
+        lambda *args, **kwargs: Dataset.from_list([{"audio": path, "text": "one"} for path in paths]),
+    )
+    for row in Corpus("someone/corpus"):
+        assert "is not a file of the dataset someone/corpus" in row.problem and row.audio is None
 
 
 def test_what_is_wrong_with_a_row_stands_in_it(tmp_path):
