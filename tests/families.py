@@ -170,7 +170,8 @@ REFUSED = {
     "openai-gpt": ({}, OTHER_CACHE),
     "recurrent_gemma": (
         {"lru_width": 32, "num_hidden_layers": 3},
-        "given vectors that are no tokens, as speech is, what it says depends on padding before it, and so on its batch",
+        "given vectors that are no tokens, as speech is, what it says depends on padding before it, and so on its "
+        "batch",
     ),
     "roberta": ({}, LOOKS_AHEAD),
     "rwkv": ({"attention_hidden_size": 32}, OTHER_CACHE),

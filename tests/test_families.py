@@ -26,6 +26,28 @@ TABLE = Path(__file__).parents[1] / "docs" / "llm_families.md"
 COLUMNS = ("text", "batch", "answers", "static cache", "slim", "trains", "LoRA", "own targets")
 found: dict[str, dict[str, str]] = {}  # what the tests of this run have seen, for the table
 
+PAGE = """\
+# LLM families
+
+Any causal LM of transformers that reads embeddings and caches as others do can be the LLM of an LSM; of a multimodal
+model, the text part. `tests/test_families.py` composes a tiny random model of each of these {count} families and
+writes this page.
+
+- *text*: without audio, logits are the LLM's own.
+- *batch*: a row does not depend on its batch, padded on either side.
+- *answers*: equal with a cache and without, in a batch and alone, greedy and with beams.
+- *static cache*: equal in one (–: transformers has none for the family).
+- *slim*: whole and slim checkpoints reload to the same weights.
+- *trains*, *LoRA*: the loss falls (–: the family keeps its weights transposed, which LoRA is not merged into).
+- *own targets*: what the LLM wrote is accepted for training, what another wrote is not.
+
+{table}
+
+## Not these
+
+{refused}
+"""
+
 families = pytest.mark.parametrize(
     "family",
     [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in (*FAMILIES, *MULTIMODAL)],
@@ -103,9 +125,9 @@ def test_a_row_does_not_depend_on_its_batch(composed, padding_side, note):
     with torch.no_grad():
         rows = model(**batch).logits
         for row, mask, chat in zip(rows, batch["attention_mask"], chats(), strict=True):
-            torch.testing.assert_close(
-                row[mask.bool()], model(**ask(processor, chat, **kwargs)).logits[0], **TOLERANCE
-            )
+            alone = model(**ask(processor, chat, **kwargs)).logits[0]
+            torch.testing.assert_close(row[mask.bool()], alone, **TOLERANCE)
+    note("batch")
 
 
 @families
@@ -119,10 +141,10 @@ def test_answers(composed, note):
     note("static cache", "✓" if model._can_compile_fullgraph else "–")
     if model._can_compile_fullgraph:
         assert answers(model, processor, *chats(), cache_implementation="static", disable_compile=True) == expected
-    beams = answers(model, processor, *chats(), num_beams=3, num_return_sequences=2)
-    assert beams == [
-        a for chat in chats() for a in answers(model, processor, chat, num_beams=3, num_return_sequences=2)
-    ]
+    several = {"num_beams": 3, "num_return_sequences": 2}
+    alone = [answer for chat in chats() for answer in answers(model, processor, chat, **several)]
+    assert answers(model, processor, *chats(), **several) == alone
+    note("answers")
 
 
 @families
@@ -224,7 +246,7 @@ def test_table():
     assert len(tested) >= 40
     head = ["family", "class", *COLUMNS]
     rows = [
-        [f"`{family}`", f"`{found[family]['class']}`", *(found[family][c] for c in COLUMNS)]
+        [f"`{family}`", f"`{found[family]['class']}`", *(found[family][column] for column in COLUMNS)]
         for family in sorted(tested)
     ]
     lines = [head, ["---", "---", *(":---:" for _ in COLUMNS)], *rows]
@@ -235,24 +257,3 @@ def test_table():
     if not TABLE.is_file() or TABLE.read_text(encoding="utf-8") != text:
         TABLE.write_text(text, encoding="utf-8")
         pytest.fail(f"{TABLE.name} was not what the tests have seen, and has been written anew. Commit it.")
-
-
-PAGE = """\
-# LLM families
-
-Any causal LM of transformers that reads embeddings and caches as the others do can be the LLM of an LSM, the text part of
-a multimodal model too. `tests/test_families.py` composes a tiny random model of each of {count} families and writes this page.
-
-- *text*: without audio, logits are the LLM's own. *batch*: a row does not depend on its batch, padded on either side.
-- *answers*: the same with a cache and without, in a batch and alone, greedy and with beams.
-- *static cache*: the same in one (–: transformers has none for the family).
-- *slim*: whole and slim checkpoints reload to the same weights. *trains*, *LoRA*: the loss falls, whole and with LoRA (–:
-  the family keeps its weights transposed).
-- *own targets*: what the LLM wrote is told from what another did.
-
-{table}
-
-## Not these
-
-{refused}
-"""
