@@ -28,7 +28,7 @@ TRAIN = [*AUDIO, "trl>=1.16", "peft>=0.21", "datasets>=5.2", "deepspeed>=0.19", 
 SERVER = ["openai>=3.54"]  # augment.py --backend openai
 EVAL = [*AUDIO, "trl>=1.16", "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
 DEMO = [*TRAIN, *EVAL, "gguf>=0.10", "piper-tts>=1.3"]
-DEV = [*DEMO, *SERVER, "fastapi", "uvicorn", "pytest>=9", "ruff", "sentencepiece", "protobuf"]
+DEV = [*DEMO, *SERVER, "fastapi", "uvicorn", "parameterized", "pytest>=9", "ruff", "sentencepiece", "protobuf"]
 
 setup(
     name="modeling_lsm",
