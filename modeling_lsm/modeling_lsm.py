@@ -240,10 +240,11 @@ class LsmModel(LsmPreTrainedModel):
         )
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor, audio_features: torch.Tensor
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, audio_features: torch.Tensor
     ) -> torch.Tensor:
         """
-        Finds where the audio embeddings go.
+        Finds where the audio embeddings go: where `input_ids` has the placeholder, or else `inputs_embeds` its
+        embedding.
 
         Returns:
             `torch.Tensor`: Boolean mask of the shape of `inputs_embeds`.
@@ -251,11 +252,15 @@ class LsmModel(LsmPreTrainedModel):
         Raises:
             ValueError: If there are more or fewer placeholders in `input_ids` than rows in `audio_features`.
         """
-        mask = input_ids == self.config.audio_token_id
+        if input_ids is None:
+            placeholder = self.embed_tokens(torch.tensor(self.config.audio_token_id, device=inputs_embeds.device))
+            mask = (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(-1)
+        else:
+            mask = input_ids == self.config.audio_token_id
         torch_compilable_check(
             mask.sum() == audio_features.shape[0],
             lambda: (
-                f"`input_ids` holds {int(mask.sum())} audio placeholders (token {self.config.audio_token_id}), but "
+                f"The prompt holds {int(mask.sum())} audio placeholders (token {self.config.audio_token_id}), but "
                 f"`input_features` gives {audio_features.shape[0]} audio embeddings. Prepare both in one call of the "
                 "`LsmProcessor` that was saved with this model, and do not truncate its output."
             ),
@@ -287,23 +292,20 @@ class LsmModel(LsmPreTrainedModel):
         )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if input_ids is None:
-            if has_audio:
-                raise ValueError("Audio needs `input_ids`, whose placeholders say where it goes.")
-            return self._place(inputs_embeds, attention_mask, position_ids), None
-        inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         if has_audio:
             if audio_embeds is None:
                 audio_embeds = self.get_audio_features(**audio_inputs, return_dict=True).pooler_output
             audio_embeds = audio_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             audio_mask = self.get_placeholder_mask(input_ids, inputs_embeds, audio_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(audio_mask, audio_embeds)
-        elif input_ids.shape[1] > 1:
+        elif input_ids is not None and input_ids.shape[1] > 1:
             # A prompt. What is generated comes token by token: it cannot be a placeholder, and looking costs a sync.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
             inputs_embeds = self._run_all_parts(inputs_embeds)
         inputs = self._place(inputs_embeds, attention_mask, position_ids)
-        if getattr(self.config.text_config, "hidden_size_per_layer_input", None):
+        if input_ids is not None and getattr(self.config.text_config, "hidden_size_per_layer_input", None):
             # Gemma 3n and 4 look ids up once more for every layer: speech is padding there, as in their own models.
             padding = self.config.text_config.pad_token_id or 0
             ids = input_ids.masked_fill(input_ids == self.config.audio_token_id, padding)

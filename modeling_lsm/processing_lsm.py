@@ -107,6 +107,8 @@ class LsmProcessor(ProcessorMixin):
         self.max_encoder_frames = max_encoder_frames
         self.encoder_padding = encoder_padding
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        # Saving sets it and loading drops it, but one that was loaded is the same as one that was saved.
+        self.auto_map = {"AutoProcessor": f"processing_lsm.{type(self).__name__}"}
 
     @property
     def timing(self) -> AudioTiming:
@@ -119,7 +121,7 @@ class LsmProcessor(ProcessorMixin):
             hop_length=self.feature_extractor.hop_length,
         )
 
-    def __call__(self, text=None, audio=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
+    def __call__(self, text: str | list[str] | None = None, audio: Any = None, **kwargs) -> BatchFeature:
         r"""
         Args:
             text (`str` or `list[str]`):
@@ -140,13 +142,14 @@ class LsmProcessor(ProcessorMixin):
             ValueError: If clips and placeholders differ in number, or a clip cannot be used.
             OSError: If a clip cannot be read from where it is.
         """
-        reading, kwargs = split_reading_kwargs({"sampling_rate": sampling_rate, **kwargs})
+        reading, kwargs = split_reading_kwargs(kwargs)
         if audio is not None:
             clips = audio if isinstance(audio, list) and not is_list_of_numbers(audio) else [audio]
             audio = [self._load_clip(clip, reading) for clip in clips] or None
         # Said in every call: a trainer may have turned the tokenizer's own side, which would come first, and
         # transformers before 5.23 does not look at a class's defaults.
-        given = {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        own = {key: value for key, value in self.tokenizer.init_kwargs.items() if key != "padding_side"}
+        given = {**own, **kwargs, **(kwargs.get("text_kwargs") or {})}
         kwargs |= {key: value for key, value in self.text_kwargs.items() if key not in given}
         processor = self
         if text is not None:
@@ -222,8 +225,9 @@ class LsmProcessor(ProcessorMixin):
             clips = 0 if audio is None else len(audio)
             if placeholders != clips:
                 raise ValueError(
-                    f"The prompts hold {placeholders} audio placeholders ({self.audio_token}), but {clips} clips were "
-                    "passed. Every clip needs one placeholder and every placeholder one clip."
+                    f"The number of {self.audio_token} tokens in the prompts should be the same as the number of clips, "
+                    f"but there are {placeholders} and {clips}. Every clip needs one placeholder and every placeholder "
+                    "one clip."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 

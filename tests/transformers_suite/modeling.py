@@ -87,7 +87,7 @@ class LsmModelTest(test_modeling_common.ModelTesterMixin, GenerationTesterMixin,
         self.enterContext(patch.object(test_modeling_common, "ids_tensor", self.model_tester.random_ids))
 
     def test_config(self):
-        config_tester = ConfigTester(self, LsmConfig, has_text_modality=False, projector_type=self.projector_type)
+        config_tester = ConfigTester(self, LsmConfig, has_text_modality=False, window_size=8)
         config_tester.run_common_tests()
 
 
