@@ -108,7 +108,7 @@ class LsmQFormerProjector(LsmProjector):
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.timing)
         query_states = self.qformer(
-            query_embeds=self.queries.expand(len(windows), -1, -1),
+            query_embeds=self.queries.expand(windows.shape[0], -1, -1),
             encoder_hidden_states=windows,
             encoder_attention_mask=mask,
         ).last_hidden_state  # [windows, num_queries, width]
