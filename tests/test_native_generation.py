@@ -134,7 +134,7 @@ class TestCaches:
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
     def test_a_token_costs_no_more_syncs_than_the_llms(self, model, inputs, cache):
         """Reading a number off a tensor makes a GPU wait. `generate` does so itself; the LSM must not add to it."""
-        llm = model.lsm.language_model
+        llm = tiny.make_llm()
         text = {**inputs, "input_ids": inputs["input_ids"].clamp(max=250)}
         del text["input_features"], text["input_features_mask"]
         options = {"cache_implementation": cache, "suppress_tokens": None, "pad_token_id": 2, "eos_token_id": None}
