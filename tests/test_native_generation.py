@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LogitsProcessorList
 
 from modeling_lsm import make_chat, modeling_lsm
 from tests import tiny
@@ -69,6 +70,21 @@ class TestAssistants:
         guesses = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
         assert torch.equal(model.generate(**inputs, **options, **guesses), expected)
         assert max(steps.fed[1:]) > 1  # there were some
+
+    def test_no_guess_is_a_placeholder(self, model, inputs):
+        """Even where the answer begins as what stands before the speech in the prompt, which would go on with it."""
+        ids = inputs["input_ids"]
+        before = ids[0, (ids[0] == model.config.audio_token_id).nonzero()[0, 0] - 1]
+
+        def begin_with_it(tokens, scores):
+            is_first = tokens.shape[1] == ids.shape[1]
+            return torch.full_like(scores, -torch.inf).index_fill(1, before, 0.0) if is_first else scores
+
+        options = {**NEW, "logits_processor": LogitsProcessorList([begin_with_it])}
+        expected = model.generate(**inputs, **options)
+        assert expected[0, ids.shape[1]] == before
+        guesses = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+        assert torch.equal(model.generate(**inputs, **options, **guesses), expected)
 
     def test_another_lsm(self, model, inputs, heard):
         expected = model.generate(**inputs, **NEW)
