@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import CandidateGenerator, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .assembling_lsm import load_slim, read_config
 from .configuration_lsm import LsmConfig
@@ -455,6 +455,41 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         feeds_prompt = kwargs.get("is_first_iteration") or inputs.get("past_key_values") is None
         return {**inputs, **audio} if feeds_prompt else inputs
 
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> ModelOutput:
+        # Assistants are told that nothing is their first iteration, but with an empty cache they have heard nothing.
+        cache = model_kwargs.get("past_key_values")
+        is_new = cache is not None and cache.get_seq_length() == 0
+        audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if model_kwargs.get(name) is not None}
+        if audio and generation_config.prefill_chunk_size is not None:
+            # A prompt fed in pieces: transformers gives each piece the embeddings of its own placeholders.
+            audio_embeds = self._hear(**audio)
+            if is_new:
+                self.lsm.get_placeholder_mask(input_ids, input_ids[..., None], audio_embeds)
+            audio = {"mm_encoder_outputs": {"audio": BaseModelOutputWithPooling(pooler_output=audio_embeds)}}
+        model_kwargs.update(audio)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration or is_new)
+
+    def _hear(self, audio_embeds: torch.Tensor | None = None, **audio_inputs: torch.Tensor) -> torch.Tensor:
+        """The audio embeddings of all clips, `(audio tokens, hidden_size)`, whatever they are given as."""
+        if audio_embeds is not None:
+            return audio_embeds
+        return self.get_audio_features(**audio_inputs, return_dict=True).pooler_output
+
+    def _get_candidate_generator(
+        self, *, model_kwargs: dict[str, Any], assistant_model: PreTrainedModel | None = None, **kwargs
+    ) -> CandidateGenerator:
+        # An assistant that reads only reads the prompt.
+        if assistant_model is not None:
+            understood = inspect.signature(assistant_model.forward).parameters
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in AUDIO_INPUTS or k in understood}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
         Saves a checkpoint that is complete: `pipeline("audio-text-to-text", model=…, trust_remote_code=True)` works
@@ -516,9 +551,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         # Clips are heard once, however many beams or answers there are. A row may hold several of them, or none.
         audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if model_kwargs.get(name) is not None}
         if expand_size > 1 and audio:
-            audio_embeds = audio.pop("audio_embeds", None)
-            if audio_embeds is None:
-                audio_embeds = self.get_audio_features(**audio, return_dict=True).pooler_output
+            audio_embeds = self._hear(**audio)
             is_audio = self.lsm.get_placeholder_mask(input_ids, input_ids[..., None], audio_embeds)[..., 0]
             rows = audio_embeds.split(is_audio.sum(-1).tolist())
             audio = {"audio_embeds": torch.cat([row.repeat(expand_size, 1) for row in rows])}
@@ -539,6 +572,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -547,6 +581,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
     ) -> LsmCausalLMOutputWithPast:
         r"""
         Args:
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                `audio_embeds` as `generate` passes them with `prefill_chunk_size`: `pooler_output` of `"audio"`.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 Token ids to predict, -100 where nothing is to be learnt: prompts, audio placeholders, padding.
             shift_labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
@@ -563,6 +599,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             [`LsmCausalLMOutputWithPast`] whose `logits` have the shape `(batch, sequence, vocab_size)`, or, with a
             mask, `(positions kept, vocab_size)`, row by row.
         """
+        if mm_encoder_outputs is not None:
+            audio_embeds = mm_encoder_outputs["audio"].pooler_output.flatten(0, -2)
         inputs, audio_embeds = self.lsm.embed(
             input_ids,
             inputs_embeds,

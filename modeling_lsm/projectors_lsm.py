@@ -73,29 +73,23 @@ class LsmProjector(PreTrainedModel):
         self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
 
 
-class LsmQFormer(Blip2QFormerModel):
-    """BLIP-2's Q-Former, which has no flash attention: asked for it, it says so and takes SDPA."""
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        if is_flash_attention_requested(requested_attention_implementation=requested_attention):
-            logger.warning_once("The Q-Former has no flash attention: it takes SDPA, the other parts take it.")
-            requested_attention = "sdpa"
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
-
-
 class LsmQFormerProjector(LsmProjector):
     """
     Window-level Q-Former: `num_queries` learned queries attend to the frames of one window at a time
     ([Yu et al., 2024](https://huggingface.co/papers/2410.03798), after
     [BLIP-2](https://huggingface.co/papers/2301.12597)). Cross-attention in every layer.
+
+    BLIP-2's Q-Former has no flash attention: asked for it, this projector says so and takes SDPA.
     """
+
+    _supports_flash_attn = False
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
         self.timing = config.timing
         width = self.config.hidden_size
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, width))
-        self.qformer = LsmQFormer(self.config)
+        self.qformer = Blip2QFormerModel(self.config)
         self.output = nn.Linear(width, config.text_config.hidden_size)
         self.post_init()
 
@@ -105,10 +99,17 @@ class LsmQFormerProjector(LsmProjector):
         if module is self:
             init.normal_(self.queries, std=self.config.initializer_range)
 
+    # transformers asks the one when a model is made, the other when its attention is set later.
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        return super()._check_and_adjust_attn_implementation(without_flash(attn_implementation), *args, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
+        return super().get_correct_attn_implementation(without_flash(requested_attention), *args, **kwargs)
+
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         windows, mask = split_into_windows(self.layer_norm(hidden_states), lengths, self.timing)
         query_states = self.qformer(
-            query_embeds=self.queries.expand(len(windows), -1, -1),
+            query_embeds=self.queries.expand(windows.shape[0], -1, -1),
             encoder_hidden_states=windows,
             encoder_attention_mask=mask,
         ).last_hidden_state  # [windows, num_queries, width]
@@ -211,6 +212,14 @@ class LsmTransformerProjector(LsmProjector):
         for layer in self.layers:
             states = layer(states, attention_mask)
         return self.output(self.output_norm(states[mask]))
+
+
+def without_flash(attn_implementation: str | None) -> str | None:
+    """`"sdpa"`, with a warning, in the place of flash attention of any kind; everything else as it is."""
+    if not is_flash_attention_requested(requested_attention_implementation=attn_implementation):
+        return attn_implementation
+    logger.warning_once("The Q-Former has no flash attention: it takes SDPA, the other parts take what was asked for.")
+    return "sdpa"
 
 
 def require_one_query(config: LsmConfig) -> None:
