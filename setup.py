@@ -46,9 +46,9 @@ setup(
         "modeling_lsm.evaluation": ["*.yaml"],
         "modeling_lsm.evaluation.bias": ["*.yaml"],
     },
-    python_requires=">=3.11",  # as transformers 5.23
+    python_requires=">=3.11",  # as transformers from 5.23 on
     install_requires=[
-        "transformers>=5.23",
+        "transformers>=5.19",
         "torch>=2.9",
         "accelerate>=1.15",
         "safetensors",
