@@ -46,7 +46,7 @@ setup(
         "modeling_lsm.evaluation": ["*.yaml"],
         "modeling_lsm.evaluation.bias": ["*.yaml"],
     },
-    python_requires=">=3.11",  # as transformers from 5.23 on
+    python_requires=">=3.11",  # as transformers from 5.21 on
     install_requires=[
         "transformers>=5.19",
         "torch>=2.9",
