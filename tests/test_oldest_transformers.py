@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,9 +38,12 @@ def oldest() -> Version:
 
 
 @pytest.fixture(scope="module")
-def python(oldest, tmp_path_factory) -> Iterator[Path]:
-    """The interpreter of an environment in which the oldest transformers stands before this environment's packages."""
-    folder = tmp_path_factory.mktemp("oldest") / "venv"
+def python(oldest) -> Path:
+    """
+    The interpreter of an environment in which the oldest transformers stands before this environment's packages. It is
+    kept: pip has nothing to do the next time.
+    """
+    folder = ROOT / ".cache" / f"transformers-{oldest}"
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
@@ -50,8 +52,7 @@ def python(oldest, tmp_path_factory) -> Iterator[Path]:
     # With what it needs in another version than this environment has.
     command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", f"transformers=={oldest}"]
     subprocess.run(command, check=True)
-    yield python
-    shutil.rmtree(folder)
+    return python
 
 
 def test_fast_tests(python, oldest, tmp_path):
