@@ -24,9 +24,20 @@ def read_readme() -> str:
 
 
 AUDIO = ["soundfile", "torchaudio>=2.9"]
-TRAIN = [*AUDIO, "trl>=1.16", "peft>=0.21", "datasets>=5.2", "deepspeed>=0.19", "ninja", "matplotlib", "tqdm"]
+LOGITS_MASK = "transformers>=5.21"  # from there on `logits_to_keep` may be a mask
+TRAIN = [
+    *AUDIO,
+    LOGITS_MASK,
+    "trl>=1.16",
+    "peft>=0.21",
+    "datasets>=5.2",
+    "deepspeed>=0.19",
+    "ninja",
+    "matplotlib",
+    "tqdm",
+]
 SERVER = ["openai>=3.54"]  # augment.py --backend openai
-EVAL = [*AUDIO, "trl>=1.16", "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
+EVAL = [*AUDIO, LOGITS_MASK, "trl>=1.16", "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
 DEMO = [*TRAIN, *EVAL, "gguf>=0.10", "piper-tts>=1.3"]
 DEV = [*DEMO, *SERVER, "fastapi", "uvicorn", "parameterized", "pytest>=9", "ruff", "sentencepiece", "protobuf"]
 
@@ -46,9 +57,9 @@ setup(
         "modeling_lsm.evaluation": ["*.yaml"],
         "modeling_lsm.evaluation.bias": ["*.yaml"],
     },
-    python_requires=">=3.11",  # as transformers 5.23
+    python_requires=">=3.11",  # as transformers from 5.21 on
     install_requires=[
-        "transformers>=5.23",
+        "transformers>=5.19",
         "torch>=2.9",
         "accelerate>=1.15",
         "safetensors",

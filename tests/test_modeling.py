@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -344,6 +346,9 @@ def test_logits_to_keep(model, processor):
     torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 5])).logits, every[:, [0, 5]])
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.21"), reason="a mask for `logits_to_keep` needs transformers 5.21"
+)
 def test_logits_at_labels_only(model, processor):
     inputs = ask(processor, *chats_of_all_kinds()[:3])
     labels = inputs["input_ids"].masked_fill(torch.rand(inputs["input_ids"].shape) < 0.7, -100)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from modeling_lsm import LsmForConditionalGeneration, LsmPipeline, LsmProcessor, make_chat
@@ -35,7 +36,7 @@ else:
 """
 
 USE = """
-import numpy as np, torch
+import numpy as np, torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 folder, clip, results = sys.argv[1:4]
@@ -51,20 +52,21 @@ answers = [pipe(clip, text="Say.", max_new_tokens=8), pipe([clip, clip], text="S
 modules = [type(part).__module__ for part in (config, processor, model, pipe, pipe.model, pipe.processor)]
 classes = [type(part).__name__ for part in (config, processor, model, pipe, pipe.model, pipe.processor)]
 seen = {"logits": logits, "inputs": dict(inputs), "answers": answers, "modules": modules, "classes": classes}
+seen["transformers"] = transformers.__version__
 torch.save(seen, results)
 if len(sys.argv) > 4:
     pipe.save_pretrained(sys.argv[4])
 """
 
 
-def run_isolated(folder: Path, code: str, *arguments) -> str:
+def run_isolated(folder: Path, code: str, *arguments, python: str | Path = sys.executable) -> str:
     """Runs `code` in `folder`, in a process that has an empty cache, no network and no package. Returns its output."""
     script = folder / "script.py"
     script.write_text(PRELUDE + code, encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSF"))}
     environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, "-I", script, *arguments],
+        [python, "-I", script, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -105,6 +107,7 @@ def test_load_use_and_save_again(tiny_checkpoint, librivox, isolated):
         results = isolated / "results.pt"
         run_isolated(isolated, USE, folder, clip, results, successor)
         actual = torch.load(results, weights_only=False)
+        assert actual["transformers"] == transformers.__version__
         assert actual["answers"] == expected["answers"]
         assert set(actual["inputs"]) == set(expected["inputs"])
         assert all(torch.equal(actual["inputs"][key], expected["inputs"][key]) for key in expected["inputs"])
