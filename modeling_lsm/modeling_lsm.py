@@ -8,13 +8,11 @@ past the end of a clip, windows have a fixed duration, and windows of padding ar
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import CandidateGenerator, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -22,18 +20,18 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .assembling_lsm import load_slim, read_config
 from .configuration_lsm import LsmConfig
 from .first_release_lsm import is_of_first_release, load_first_release
+from .generation_lsm import LsmGenerationMixin
 from .projectors_lsm import PROJECTORS
 from .speech_encoder_lsm import LsmSpeechEncoder
 
 
 # Chunks of audio that are encoded at a time, of at most 30 s each: memory does not grow with the length of a clip.
 CHUNKS_AT_A_TIME = 16
-AUDIO_INPUTS = ("input_features", "input_features_mask", "encoder_hidden_states", "audio_embeds")
 
 
 @dataclass
@@ -393,7 +391,7 @@ class LsmModel(LsmPreTrainedModel):
         )
 
 
-class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
+class LsmForConditionalGeneration(LsmPreTrainedModel, LsmGenerationMixin):
     """
     The LSM with its language modeling head: takes speech and text, answers in text.
 
@@ -445,51 +443,6 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         """See [`LsmModel.get_audio_features`]."""
         return self.lsm.get_audio_features(*args, **kwargs)
 
-    def _supports_default_dynamic_cache(self) -> bool:
-        return self.lsm.language_model._supports_default_dynamic_cache()
-
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict[str, Any]:
-        """The LLM's own, with the audio wherever the whole prompt is fed: at first, without a cache, or anew."""
-        audio = {name: kwargs.pop(name) for name in AUDIO_INPUTS if name in kwargs}
-        inputs = self.lsm.language_model.prepare_inputs_for_generation(input_ids, **kwargs)
-        feeds_prompt = kwargs.get("is_first_iteration") or inputs.get("past_key_values") is None
-        return {**inputs, **audio} if feeds_prompt else inputs
-
-    def _prefill(
-        self,
-        input_ids: torch.LongTensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> ModelOutput:
-        # Assistants are told that nothing is their first iteration, but with an empty cache they have heard nothing.
-        cache = model_kwargs.get("past_key_values")
-        is_new = cache is not None and cache.get_seq_length() == 0
-        audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if model_kwargs.get(name) is not None}
-        if audio and generation_config.prefill_chunk_size is not None:
-            # A prompt fed in pieces: transformers gives each piece the embeddings of its own placeholders.
-            audio_embeds = self._hear(**audio)
-            if is_new:
-                self.lsm.get_placeholder_mask(input_ids, input_ids[..., None], audio_embeds)
-            audio = {"mm_encoder_outputs": {"audio": BaseModelOutputWithPooling(pooler_output=audio_embeds)}}
-        model_kwargs.update(audio)
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration or is_new)
-
-    def _hear(self, audio_embeds: torch.Tensor | None = None, **audio_inputs: torch.Tensor) -> torch.Tensor:
-        """The audio embeddings of all clips, `(audio tokens, hidden_size)`, whatever they are given as."""
-        if audio_embeds is not None:
-            return audio_embeds
-        return self.get_audio_features(**audio_inputs, return_dict=True).pooler_output
-
-    def _get_candidate_generator(
-        self, *, model_kwargs: dict[str, Any], assistant_model: PreTrainedModel | None = None, **kwargs
-    ) -> CandidateGenerator:
-        # An assistant that reads only reads the prompt.
-        if assistant_model is not None:
-            understood = inspect.signature(assistant_model.forward).parameters
-            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in AUDIO_INPUTS or k in understood}
-        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
-
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
         Saves a checkpoint that is complete: `pipeline("audio-text-to-text", model=…, trust_remote_code=True)` works
@@ -540,25 +493,6 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         from .saving_lsm import publish_checkpoint
 
         return publish_checkpoint(self, repo_id, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        # Clips are heard once, however many beams or answers there are. A row may hold several of them, or none.
-        audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if model_kwargs.get(name) is not None}
-        if expand_size > 1 and audio:
-            audio_embeds = self._hear(**audio)
-            is_audio = self.lsm.get_placeholder_mask(input_ids, input_ids[..., None], audio_embeds)[..., 0]
-            rows = audio_embeds.split(is_audio.sum(-1).tolist())
-            audio = {"audio_embeds": torch.cat([row.repeat(expand_size, 1) for row in rows])}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **audio}
 
     @can_return_tuple
     def forward(

@@ -225,9 +225,9 @@ class LsmProcessor(ProcessorMixin):
             clips = 0 if audio is None else len(audio)
             if placeholders != clips:
                 raise ValueError(
-                    f"The number of {self.audio_token} tokens in the prompts should be the same as the number of clips, "
-                    f"but there are {placeholders} and {clips}. Every clip needs one placeholder and every placeholder "
-                    "one clip."
+                    f"The number of {self.audio_token} tokens in the prompts should be the same as the number of "
+                    f"clips, but there are {placeholders} and {clips}. Every clip needs one placeholder and every "
+                    "placeholder one clip."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
