@@ -263,7 +263,7 @@ class TestArguments:
 
     def test_without_the_head(self, slim, composed):
         inputs = ask(composed[1], make_chat("Say.", audio=noise(1)))
-        expected = load(slim).model(**inputs).last_hidden_state
+        expected = load(slim).lsm(**inputs).last_hidden_state
         for loaded in (AutoModel.from_pretrained(slim), LsmModel.from_pretrained(slim)):
             assert isinstance(loaded, LsmModel)
             assert torch.equal(loaded(**inputs).last_hidden_state, expected)
