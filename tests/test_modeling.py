@@ -113,13 +113,15 @@ def test_without_audio_it_is_its_llm(tied):
     model, processor = tiny.make_pair(text_config=tiny.llm_config(tie_word_embeddings=tied).to_dict())
     llm = LlamaForCausalLM(model.config.text_config).eval()
     llm.load_state_dict(model.lsm.language_model.state_dict())
-    inputs = ask(
-        processor,
+    chats = [
         [{"role": "user", "content": "Who wrote this?"}],
         make_chat("Translate.", transcript="he was not an ill disposed young man"),
-    )
-    assert set(inputs) == {"input_ids", "attention_mask"}
-    # Not bit by bit: the LSM counts positions without padding, the LLM alone with it.
+    ]
+    for chat in chats:
+        inputs = ask(processor, chat)
+        assert set(inputs) == {"input_ids", "attention_mask"}
+        assert torch.equal(model(**inputs).logits, llm(**inputs).logits)
+    inputs = ask(processor, *chats)  # of which the LSM counts positions without padding, as the LLM does in `generate`
     torch.testing.assert_close(model(**inputs).logits, llm(**inputs).logits, **TOLERANCE)
     answer = llm.generate(**inputs, max_new_tokens=12, pad_token_id=2, suppress_tokens=[processor.audio_token_id])
     assert torch.equal(model.generate(**inputs, max_new_tokens=12), answer)
