@@ -24,20 +24,11 @@ def read_readme() -> str:
 
 
 AUDIO = ["soundfile", "torchaudio>=2.9"]
-LOGITS_MASK = "transformers>=5.21"  # from there on `logits_to_keep` may be a mask
-TRAIN = [
-    *AUDIO,
-    LOGITS_MASK,
-    "trl>=1.16",
-    "peft>=0.21",
-    "datasets>=5.2",
-    "deepspeed>=0.19",
-    "ninja",
-    "matplotlib",
-    "tqdm",
-]
+# From transformers 5.21 on, `logits_to_keep` may be a mask.
+TRL = [*AUDIO, "transformers>=5.21", "trl>=1.16", "datasets>=5.2"]
+TRAIN = [*TRL, "peft>=0.21", "deepspeed>=0.19", "ninja", "matplotlib", "tqdm"]
 SERVER = ["openai>=3.54"]  # augment.py --backend openai
-EVAL = [*AUDIO, LOGITS_MASK, "trl>=1.16", "datasets>=5.2", "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
+EVAL = [*TRL, "jiwer>=4.0", "sacrebleu>=2.4", "matplotlib", "tqdm"]
 DEMO = [*TRAIN, *EVAL, "gguf>=0.10", "piper-tts>=1.3"]
 DEV = [*DEMO, *SERVER, "fastapi", "uvicorn", "parameterized", "pytest>=9", "ruff", "sentencepiece", "protobuf"]
 
