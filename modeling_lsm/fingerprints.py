@@ -37,9 +37,9 @@ def fingerprint(model: PreTrainedModel, vocab_size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def saved_form(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of `model` as `save_pretrained` writes them, by name, without the tied ones."""
-    weights = dict(model.named_parameters())
+def saved_form(model: PreTrainedModel, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """`weights` of `model`, by default all but the tied ones, by the names and in the form of `save_pretrained`."""
+    weights = dict(model.named_parameters()) if weights is None else weights
     # What loading had to convert is the file's affair. `revert_weight_conversion` would revert that instead.
     conversions = model.__dict__.pop("_weight_conversions", None)
     try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_lsm import LsmConfig
+from .fingerprints import saved_form
 
 
 PREFIXES = {
@@ -165,7 +166,9 @@ def save_slim(
         state_dict (`dict[str, torch.Tensor]`, *optional*): Its weights by name, if they are elsewhere (DeepSpeed).
         max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): The most bytes in a file.
     """
-    tensors = trained_state_dict(model, state_dict)
+    trained = trained_state_dict(model, state_dict)
+    # Converted ones are parts of larger tensors, which would be saved whole.
+    tensors = {n: t if n in trained else t.clone() for n, t in saved_form(model, trained).items()}
     config = copy.deepcopy(model.config) if "llm" in parts_from_bases(model.config) else merged_config(model.config)
     config.slim = True
     config.dtype = str(model.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -170,6 +171,36 @@ def test_whole_and_slim_reload(composed, tmp_path, note):
     assert not any(report.values()), report
     assert all(torch.equal(weight, expected[name]) for name, weight in reloaded.state_dict().items())
     note("slim")
+
+
+@pytest.mark.parametrize("family", ["jamba", "mixtral", "qwen3_next", "qwen3_5"], scope="module")
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_slim_with_a_trained_llm(composed, tiny_bases, tmp_path, lora):
+    """Of experts, checkpoints hold one by one what is one tensor in memory."""
+    folder, _, _ = composed
+    model, processor = compose(str(tiny_bases.speech), str(folder), **SMALL)
+    if lora:
+        add_lora(model, peft.LoraConfig(r=4))
+    set_trained_parts(model, ["projector", "llm"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    for slim in (False, True):
+        model.save_pretrained(tmp_path / f"{slim}", processor=processor, slim=slim)
+    whole, slim = (LsmForConditionalGeneration.from_pretrained(tmp_path / f"{slim}") for slim in (False, True))
+    for name, weight in slim.state_dict().items():
+        torch.testing.assert_close(weight, whole.state_dict()[name], atol=1e-6, rtol=1e-6)
+    inputs = ask(processor, *chats())
+    with torch.no_grad():
+        torch.testing.assert_close(slim.eval()(**inputs).logits, model.eval()(**inputs).logits, atol=1e-3, rtol=1e-3)
+    if not lora:
+        names = [
+            {*load_file(file)} for file in (tmp_path / "True" / "model.safetensors", folder / "model.safetensors")
+        ]
+        of_llm = {name for name in names[0] if name.startswith("lsm.language_model.")}
+        if folder.name not in MULTIMODAL:
+            assert of_llm == {f"lsm.language_model.{name}" for name in names[1]}
 
 
 @families

@@ -38,12 +38,16 @@ def add_lora(model: LsmForConditionalGeneration, lora_config: peft.LoraConfig) -
     llm = model.lsm.language_model
     if lora_config.target_modules in (None, "all-linear"):
         lora_config.target_modules = linear_layers(llm)
+    # The LLM without its config, by which PEFT would put LoRA for an expert's layers into tensors that hold all experts.
+    parts = nn.Module()
+    parts._modules = llm._modules
     # The LLM is what is quantized. Of a model that is, as a whole, trainers expect no weights to train, or cast those
     # that do to bfloat16; and PEFT asks the module that it is given.
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        setattr(llm, flag, getattr(model, flag, False))
+        for module in (llm, parts):
+            setattr(module, flag, getattr(model, flag, False))
         setattr(model, flag, False)
-    peft.inject_adapter_in_model(lora_config, llm)
+    peft.inject_adapter_in_model(lora_config, parts)
     cast_adapter_dtype(llm, "default")  # small steps would be lost in bfloat16
 
     for name, parameter in llm.named_parameters():
@@ -97,8 +101,8 @@ def linear_layers(llm: PreTrainedModel) -> list[str]:
         is_router = "router" in type(module).__name__.lower()
         if isinstance(module, nn.Linear) and not is_router and module is not llm.get_output_embeddings():
             parent, _, leaf = name.rpartition(".")
-            # State-space mixers have kernels that take the weights of `out_proj` past the layer.
-            if leaf != "out_proj" or not hasattr(llm.get_submodule(parent), "conv1d"):
+            # State-space mixers multiply by weights of these themselves, past what LoRA adds to the layers.
+            if leaf not in ("x_proj", "dt_proj", "out_proj") or not hasattr(llm.get_submodule(parent), "conv1d"):
                 names.append(name)
     return names
 

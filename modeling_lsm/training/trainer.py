@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
@@ -28,7 +29,7 @@ from .parts import PARTS
 
 # What a run adds up between two log entries, over all processes.
 COUNTERS = ("labels", "correct", "tokens", "audio_seconds", "samples", "divergence")
-# What trains, as it is in memory: LoRA cannot be told from the weights that a checkpoint may have merged it into.
+# What trains, as it is in memory, where a checkpoint holds it otherwise: LoRA may be merged, experts taken apart.
 TRAINED_FILE = "trained.safetensors"
 
 
@@ -214,7 +215,9 @@ class LsmTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         pipe = LsmPipeline(model=model, processor=self.processing_class, device=model.device)
         pipe.save_pretrained(folder, name=self._checkpoint_name, slim=self.slim, state_dict=state_dict)
-        if _internal_call and model.config.lora_scaling is not None:
+        # Loading a checkpoint may convert weights, as of experts: what is resumed is what is in memory.
+        is_converted = bool(get_model_conversion_mapping(model, add_legacy=False))
+        if _internal_call and (model.config.lora_scaling is not None or is_converted):
             trained = {name: state_dict[name] for name, p in model.named_parameters() if p.requires_grad}
             save_file(trained, folder / TRAINED_FILE)
 
@@ -277,8 +280,8 @@ class LsmTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(model or self.model)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         folder = Path(resume_from_checkpoint)
-        has_lora = model.config.lora_scaling is not None
-        files = sorted(folder.glob(TRAINED_FILE if has_lora else "*.safetensors"))
+        trained = folder / TRAINED_FILE
+        files = [trained] if trained.is_file() else sorted(folder.glob("*.safetensors"))
         missing = set(parameters)
         with torch.no_grad():
             for file in files:
