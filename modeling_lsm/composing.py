@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from .configuration_lsm import LsmConfig
-from .fingerprints import fingerprint
+from .fingerprints import commit_of, fingerprint
 from .language_model_lsm import grow_vocabulary, load_language_model
 from .modeling_lsm import LsmForConditionalGeneration
 from .pipeline_lsm import LsmPipeline
@@ -123,7 +123,9 @@ def read_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     return (TEMPLATE_DIR / f"{PRELUDE}.jinja").read_text(encoding="utf-8") + template
 
 
-def describe_base(name: str, model: PreTrainedModel, vocab_size: int | None = None) -> dict[str, str | None]:
+def describe_base(
+    name: str, model: PreTrainedModel, vocab_size: int | None = None, **hub_kwargs
+) -> dict[str, str | int | None]:
     """What a config says of a pretrained model: which it is, as far as that is known, and what its weights are."""
     folder = Path(name)
     license_ = None
@@ -134,7 +136,7 @@ def describe_base(name: str, model: PreTrainedModel, vocab_size: int | None = No
         logger.warning("The licence of %s is unknown: its model card cannot be read (%s).", name, error)
     base = {
         "id": folder.resolve().name if folder.is_dir() else name,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": commit_of(name, **hub_kwargs),
         "license": license_,
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(model, vocab_size),
@@ -181,8 +183,8 @@ def compose(
     llm = load_language_model(text_model, dtype, **of_text)
     encoder = load_speech_encoder(speech_model, llm.dtype, **of_speech)
     base_models = {
-        "speech": describe_base(speech_model, encoder),
-        "text": describe_base(text_model, llm, llm.config.vocab_size),
+        "speech": describe_base(speech_model, encoder, **of_speech),
+        "text": describe_base(text_model, llm, llm.config.vocab_size, **of_text),
     }
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
     grow_vocabulary(llm, len(tokenizer))

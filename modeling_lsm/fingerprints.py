@@ -1,15 +1,24 @@
 """Hashes that tell one model or chat template from another."""
 
 import hashlib
+import os
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 
 def hash_text(text: str) -> str:
     """SHA-256 of a text: 64 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def commit_of(name: str | os.PathLike, revision: str | None = None, **hub_kwargs) -> str | None:
+    """The commit of a model on the Hub that `revision` names, by default its main branch; `None` for a folder."""
+    hub_kwargs.pop("trust_remote_code", None)
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision, **hub_kwargs), None)
 
 
 def fingerprint(model: PreTrainedModel, vocab_size: int | None = None) -> str:
@@ -49,4 +58,4 @@ def saved_form(model: PreTrainedModel, weights: dict[str, torch.Tensor] | None =
             model._weight_conversions = conversions
 
 
-__all__ = ["fingerprint", "hash_text", "saved_form"]
+__all__ = ["commit_of", "fingerprint", "hash_text", "saved_form"]

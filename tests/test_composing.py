@@ -26,7 +26,15 @@ from transformers import (
     WhisperModel,
 )
 
-from modeling_lsm import AUDIO_TOKEN, LsmForConditionalGeneration, LsmPipeline, LsmProcessor, load_waveform, make_chat
+from modeling_lsm import (
+    AUDIO_TOKEN,
+    LsmForConditionalGeneration,
+    LsmPipeline,
+    LsmProcessor,
+    composing,
+    load_waveform,
+    make_chat,
+)
 from modeling_lsm.composing import check_checkpoint, compose
 from tests import tiny
 from tests.tiny import ask, noise
@@ -246,6 +254,71 @@ class TestRefusals:
             model.lsm.projector.output.bias += 1.0
         with pytest.raises(RuntimeError, match="does not reload to what was saved: 1 weights differ"):
             check_checkpoint(tmp_path / "lsm", model)
+
+
+def test_nothing_is_there_until_it_is_checked(tiny_bases, tmp_path, monkeypatch):
+    model, processor = compose(tiny_bases.speech, tiny_bases.text, **SMALL)
+    folder, check = tmp_path / "lsm", composing.check_checkpoint
+
+    def fail(*args):
+        raise RuntimeError("It does not reload.")
+
+    monkeypatch.setattr(composing, "check_checkpoint", fail)
+    with pytest.raises(RuntimeError, match="does not reload"):
+        composing.save_checked(model, processor, folder)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(composing, "check_checkpoint", check)
+    composing.save_checked(model, processor, folder)
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name for path in folder.iterdir()}
+    with torch.no_grad():
+        model.lsm.projector.output.bias += 1
+    composing.save_checked(model, processor, folder)  # over an older one
+    assert {path.name for path in folder.iterdir()} == before and [path.name for path in tmp_path.iterdir()] == ["lsm"]
+    check(folder, model)
+
+
+def test_answers_are_greedy_whatever_the_llm_likes(tiny_bases, tmp_path):
+    llm = tiny.make_llm()
+    sampling = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 100, "repetition_penalty": 1.3}
+    llm.generation_config.update(**sampling)
+    model, processor = compose(tiny_bases.speech, save_llm(tmp_path / "llm", llm), **SMALL)
+    config = model.generation_config
+    assert not config.do_sample and config.temperature is None and config.top_p is None and config.top_k is None
+    assert config.repetition_penalty == 1.3 and config.eos_token_id == llm.generation_config.eos_token_id
+    pipe = LsmPipeline(model=model, processor=processor, device="cpu")
+    clips = [noise(1, seed) for seed in range(4)]
+    first, again, together = (pipe(clips, text="Say.", max_new_tokens=8, batch_size=size) for size in (1, 1, 4))
+    assert first == again == together
+
+
+@pytest.mark.parametrize("projector", ["qformer", "mlp", "transformer"])
+def test_speech_is_as_loud_as_words(tiny_bases, tmp_path, projector):
+    """Gemma multiplies what it looks up by the root of its width."""
+    common = {key: value for key, value in tiny.llm_config().to_diff_dict().items() if key != "model_type"}
+    llm = tiny.enliven(Gemma2ForCausalLM(Gemma2Config(**{**common, "hidden_size": 256}, query_pre_attn_scalar=8)))
+    text_model = save_llm(tmp_path / "llm", llm)
+    model, processor = compose(tiny_bases.speech, text_model, projector_type=projector, **SMALL, seed=1)
+    words = llm.get_input_embeddings()(torch.arange(200)).pow(2).mean().sqrt()
+    assert words > 8 * llm.get_input_embeddings().weight.pow(2).mean().sqrt()
+    inputs = ask(processor, make_chat("Say.", audio=noise(8)))
+    speech = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
+    assert 0.5 < speech.pow(2).mean().sqrt() / words < 2
+
+
+def test_revisions_on_the_hub(tiny_bases, tmp_path, monkeypatch):
+    """The cache of the Hub as it is on disk, with two revisions of an LLM."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    for seed, (commit, ref) in enumerate({"a" * 40: "main", "b" * 40: "v1"}.items()):
+        repository = cache / "models--someone--llm"
+        save_llm(repository / "snapshots" / commit, tiny.make_llm(seed))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    for revision, seed in ((None, 0), ("v1", 1)):
+        model, _ = compose(tiny_bases.speech, "someone/llm", text_revision=revision, **SMALL)
+        assert torch.equal(model.get_input_embeddings().weight, tiny.make_llm(seed).get_input_embeddings().weight)
+        assert model.config.base_models["text"]["revision"] == "ab"[seed] * 40
 
 
 def test_dtype(tiny_bases, tmp_path):

@@ -37,6 +37,7 @@ FILES = {
     "fingerprints.py",
     "first_release_lsm.py",
     "generation_config.json",
+    "generation_lsm.py",
     "language_model_lsm.py",
     "model.safetensors",
     "modeling_lsm.py",

@@ -218,7 +218,7 @@ class TestWhatWasThere:
     def test_in_a_folder(self, composed, tmp_path):
         model, _ = composed
         for seed, layout in enumerate(self.layouts(composed)):
-            tiny.enliven(model.model.projector, seed)
+            tiny.enliven(model.lsm.projector, seed)
             model.save_pretrained(tmp_path, **layout)
             self.check(model, tmp_path, layout)
 
@@ -229,7 +229,7 @@ class TestWhatWasThere:
         hub.files = {"notes.md": b"", "model.fp16.safetensors": b"another variant", "model.onnx": b""}
         others = dict(hub.files)
         for number, layout in enumerate(self.layouts(composed)):
-            tiny.enliven(model.model.projector, number)
+            tiny.enliven(model.lsm.projector, number)
             url = model.push_to_hub("someone/lsm", **layout)
             assert url == f"https://hub.example/commit/{len(hub.commits)}" and len(hub.commits) == number + 1
             assert hub.files.items() >= others.items()

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..composing import read_chat_template
 from ..configuration_lsm import LsmConfig
-from ..fingerprints import hash_text
+from ..fingerprints import commit_of, hash_text
 from ..language_model_lsm import load_language_model
 from ..modeling_lsm import LsmForConditionalGeneration
 from ..processing_lsm import LsmProcessor
@@ -44,7 +44,7 @@ class TextModel:
     def provenance(self) -> dict[str, Any]:
         """What identifies the LLM and its prompt."""
         fingerprint = fingerprint_llm(self.name)
-        known = {"id": self.name.rstrip("/").split("/")[-1], "revision": getattr(self.config, "_commit_hash", None)}
+        known = {"id": self.name.rstrip("/").split("/")[-1], "revision": commit_of(self.name)}
         base = (self.config.base_models or {}).get("text", {}) if self.is_lsm else {}
         if base.get("fingerprint") == fingerprint:  # training has not changed it
             known = {"id": base["id"], "revision": base["revision"]}

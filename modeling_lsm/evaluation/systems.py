@@ -20,7 +20,7 @@ from transformers import BatchFeature, Pipeline, PreTrainedModel
 
 from ..augmentation.decoding import greedy_decode
 from ..augmentation.prompts import Prompter
-from ..fingerprints import fingerprint, hash_text
+from ..fingerprints import commit_of, fingerprint, hash_text
 from ..modeling_lsm import LsmForConditionalGeneration
 from ..processing_lsm import LsmProcessor, load_waveform, make_chat
 
@@ -225,7 +225,7 @@ def identify(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
     """What tells a model and its prompts from others."""
     return {
         "id": short_name(model),
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": commit_of(model.name_or_path) if model.name_or_path else None,
         "fingerprint": fingerprint(model),
         "template_hash": hash_text(processor.chat_template),
     }

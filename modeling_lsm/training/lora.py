@@ -38,7 +38,7 @@ def add_lora(model: LsmForConditionalGeneration, lora_config: peft.LoraConfig) -
     llm = model.lsm.language_model
     if lora_config.target_modules in (None, "all-linear"):
         lora_config.target_modules = linear_layers(llm)
-    # The LLM without its config, by which PEFT would put LoRA for an expert's layers into tensors that hold all experts.
+    # The LLM without its config, by which PEFT would put LoRA for layers of an expert into tensors of all experts.
     parts = nn.Module()
     parts._modules = llm._modules
     # The LLM is what is quantized. Of a model that is, as a whole, trainers expect no weights to train, or cast those
