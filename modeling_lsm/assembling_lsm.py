@@ -16,7 +16,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .configuration_lsm import LsmConfig
 from .fingerprints import fingerprint
-from .first_release_lsm import first_fingerprint, is_of_first_release, name_changes, rename
+from .first_release_lsm import (
+    first_fingerprint,
+    is_base_of_first_release,
+    is_of_first_release,
+    name_changes,
+    rename,
+)
 from .language_model_lsm import grow_vocabulary, load_language_model
 from .slim_lsm import BASES, LORA_A, LORA_B, merge_lora, merged_config, part_of
 from .speech_encoder_lsm import load_speech_encoder
@@ -147,7 +153,7 @@ def assemble(
             from_bases |= {f"lsm.audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}
         if "llm" not in in_file:
             llm = load_base(folder, config, "text", load_language_model, base_folders, **hub_kwargs)
-            first = "vocab_size" not in config.base_models["text"]
+            first = is_base_of_first_release(config.base_models["text"])
             check_base(
                 folder, config, "text", first_fingerprint(llm) if first else fingerprint(llm, llm.config.vocab_size)
             )

@@ -98,7 +98,7 @@ class LsmPreTrainedModel(PreTrainedModel):
         if saved.get("slim"):
             return load_slim(cls, load, name, *model_args, config=config, base_folders=base_folders, **kwargs)
         if is_of_first_release(saved):
-            return load_first_release(load, name, *model_args, config=config, **kwargs)
+            return load_first_release(load, saved, name, *model_args, config=config, **kwargs)
         return load(name, *model_args, config=config, **kwargs)
 
     @classmethod
