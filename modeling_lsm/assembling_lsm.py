@@ -141,7 +141,8 @@ def assemble(
     weights = read_tensors(folder)
     saved_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if is_of_first_release(saved_config):
-        weights = rename(weights, name_changes(config.text_config))
+        with whole_models():
+            weights = rename(weights, name_changes(config.text_config))
     # The dtype of the model that was saved. A config that was loaded with another `dtype` says that one.
     dtype = getattr(torch, saved_config["dtype"])
     in_file = {part_of(name) for name in weights if not name.endswith((LORA_A, LORA_B))}

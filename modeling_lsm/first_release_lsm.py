@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .configuration_lsm import LsmConfig
-
 
 def is_of_first_release(saved: dict[str, Any]) -> bool:
     """Whether the config of a checkpoint, as a dictionary, is of the first release."""
@@ -20,7 +18,7 @@ def is_of_first_release(saved: dict[str, Any]) -> bool:
 
 
 def name_changes(text_config: PreTrainedConfig) -> dict[str, str]:
-    """The names of weights in the first release, as patterns, and what they are today."""
+    """The names of weights in the first release, as patterns, and what they are today. Needs `whole_models`."""
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(text_config)
     body = next(name for name, child in llm.named_children() if isinstance(child, PreTrainedModel))
@@ -39,16 +37,15 @@ def rename(weights: dict[str, torch.Tensor], changes: dict[str, str]) -> dict[st
     return weights
 
 
-def load_first_release(load: Callable, saved: dict[str, Any], name: str, *model_args, **kwargs):
+def load_first_release(load: Callable, changes: dict[str, str], name: str, *model_args, **kwargs):
     """
     Loads a whole checkpoint of the first release.
 
     Args:
         load (`Callable`): `PreTrainedModel.from_pretrained` of the class to load.
-        saved (`dict`): The config of the checkpoint as it was saved.
+        changes (`dict`): The [`name_changes`] of its LLM.
         name, model_args, kwargs: Arguments of `load`.
     """
-    changes = name_changes(LsmConfig.from_dict(saved).text_config)
     kwargs["key_mapping"] = changes | (kwargs.get("key_mapping") or {})
     loaded = load(name, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded

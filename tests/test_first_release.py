@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,12 +33,12 @@ FOLDER = Path(__file__).parent / "fixtures" / "first_release"
 EXPECTED = load_file(FOLDER / "expected.safetensors") | json.loads((FOLDER / "expected.json").read_text())
 INPUTS = {key: EXPECTED[key] for key in ("input_ids", "attention_mask", "input_features", "input_features_mask")}
 CLIP = (0.1 * np.sin(5e-5 * np.arange(14_000) ** 2)).astype(np.float32)
-BASES = {"speech": FOLDER / "whisper", "text": FOLDER / "llama"}
+BASES = {"speech": str(FOLDER / "whisper"), "text": str(FOLDER / "llama")}
 WHOLE, SLIM = ["whole-llama", "whole-gpt-neox"], ["slim-projector", "slim-lora"]
 load = LsmForConditionalGeneration.from_pretrained
 
 
-def bases_of(name: str) -> dict[str, dict[str, Path]]:
+def bases_of(name: str) -> dict[str, dict[str, str]]:
     """The argument that a slim checkpoint needs, whose base models are not where they were."""
     return {"base_folders": BASES} if name in SLIM else {}
 
@@ -62,7 +63,7 @@ def slim_in_place(tmp_path) -> Path:
     folder = shutil.copytree(FOLDER / "slim-lora", tmp_path / "slim")
     config = json.loads((folder / "config.json").read_text())
     for key, base in BASES.items():
-        config["base_models"][key]["path"] = str(base)
+        config["base_models"][key]["path"] = base
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -222,6 +223,42 @@ class TestTargets:
             self.check(tmp_path, EXPECTED["provenance"][writer], name)
 
 
+PARTITIONED = """
+import json, sys
+import deepspeed, torch
+from transformers.integrations import HfDeepSpeedConfig
+from modeling_lsm import LsmForConditionalGeneration
+
+deepspeed.init_distributed("gloo")
+checkpoints = json.loads(sys.argv[1])
+expected = [LsmForConditionalGeneration.from_pretrained(f, **k).state_dict() for f, k in checkpoints.items()]
+settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "train_batch_size": 2}
+kept_alive = HfDeepSpeedConfig(settings)
+for (folder, kwargs), weights in zip(checkpoints.items(), expected):
+    model = LsmForConditionalGeneration.from_pretrained(folder, **kwargs)
+    assert all(parameter.numel() == 0 for parameter in model.parameters()), "not partitioned"
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert torch.equal(parameter, weights[name]), name
+print(f"process {torch.distributed.get_rank()} is content")
+"""
+
+
+@pytest.mark.slow
+def test_zero3(tmp_path):
+    (tmp_path / "script.py").write_text(PARTITIONED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run(
+        [*launcher, tmp_path / "script.py", json.dumps({str(FOLDER / name): bases_of(name) for name in WHOLE + SLIM})],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "process 0 is content" in process.stdout and "process 1 is content" in process.stdout
+
+
 # What a process without the package makes of a checkpoint that holds its own code.
 USE = """
 import json, numpy as np, torch
@@ -270,8 +307,7 @@ def test_remote_code(of_then, tmp_path):
     """Checkpoints on the Hub carry code, the first release's or, where it was updated, today's. It is all there is."""
     for name in WHOLE + SLIM:
         add_code(shutil.copytree(FOLDER / name, tmp_path / name), of_then)
-    elsewhere = {"base_folders": {key: str(folder) for key, folder in BASES.items()}}
-    bases = {name: elsewhere if name in SLIM else {} for name in WHOLE + SLIM}
+    bases = {name: bases_of(name) for name in WHOLE + SLIM}
     run_isolated(tmp_path, USE, tmp_path, json.dumps(bases), tmp_path / "results.pt")
     for name, seen in torch.load(tmp_path / "results.pt", weights_only=False).items():
         assert all(module.startswith("transformers_modules.") for module in seen["modules"]), seen["modules"]
