@@ -16,7 +16,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .configuration_lsm import LsmConfig
 from .fingerprints import fingerprint
-from .first_release_lsm import first_fingerprint, is_of_first_release, name_changes, rename
+from .first_release_lsm import (
+    first_fingerprint,
+    is_base_of_first_release,
+    is_of_first_release,
+    name_changes,
+    rename,
+)
 from .language_model_lsm import grow_vocabulary, load_language_model
 from .slim_lsm import BASES, LORA_A, LORA_B, merge_lora, merged_config, part_of
 from .speech_encoder_lsm import load_speech_encoder
@@ -135,7 +141,8 @@ def assemble(
     weights = read_tensors(folder)
     saved_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if is_of_first_release(saved_config):
-        weights = rename(weights, name_changes(config.text_config))
+        with whole_models():
+            weights = rename(weights, name_changes(config.text_config))
     # The dtype of the model that was saved. A config that was loaded with another `dtype` says that one.
     dtype = getattr(torch, saved_config["dtype"])
     in_file = {part_of(name) for name in weights if not name.endswith((LORA_A, LORA_B))}
@@ -147,7 +154,7 @@ def assemble(
             from_bases |= {f"lsm.audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}
         if "llm" not in in_file:
             llm = load_base(folder, config, "text", load_language_model, base_folders, **hub_kwargs)
-            first = "vocab_size" not in config.base_models["text"]
+            first = is_base_of_first_release(config.base_models["text"])
             check_base(
                 folder, config, "text", first_fingerprint(llm) if first else fingerprint(llm, llm.config.vocab_size)
             )

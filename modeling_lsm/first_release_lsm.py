@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .configuration_lsm import LsmConfig
-
 
 def is_of_first_release(saved: dict[str, Any]) -> bool:
     """Whether the config of a checkpoint, as a dictionary, is of the first release."""
@@ -20,7 +18,7 @@ def is_of_first_release(saved: dict[str, Any]) -> bool:
 
 
 def name_changes(text_config: PreTrainedConfig) -> dict[str, str]:
-    """The names of weights in the first release, as patterns, and what they are today."""
+    """The names of weights in the first release, as patterns, and what they are today. Needs `whole_models`."""
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(text_config)
     body = next(name for name, child in llm.named_children() if isinstance(child, PreTrainedModel))
@@ -39,25 +37,30 @@ def rename(weights: dict[str, torch.Tensor], changes: dict[str, str]) -> dict[st
     return weights
 
 
-def load_first_release(load: Callable, name: str, *model_args, config: Any = None, **kwargs):
+def load_first_release(load: Callable, changes: dict[str, str], name: str, *model_args, **kwargs):
     """
     Loads a whole checkpoint of the first release.
 
     Args:
         load (`Callable`): `PreTrainedModel.from_pretrained` of the class to load.
-        name, model_args, config, kwargs: Its arguments.
+        changes (`dict`): The [`name_changes`] of its LLM.
+        name, model_args, kwargs: Arguments of `load`.
     """
-    saved = config if isinstance(config, PreTrainedConfig) else LsmConfig.from_pretrained(config or name)
-    kwargs["key_mapping"] = {**name_changes(saved.text_config), **(kwargs.get("key_mapping") or {})}
-    loaded = load(name, *model_args, config=config, **kwargs)
+    kwargs["key_mapping"] = changes | (kwargs.get("key_mapping") or {})
+    loaded = load(name, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     # Saving would go back to the names that were loaded, if it knew of them.
     model._weight_conversions = None
     return loaded
 
 
+def is_base_of_first_release(base: dict[str, Any]) -> bool:
+    """Whether the first release wrote `base`, what a config says of its base LLM, and so a [`first_fingerprint`]."""
+    return bool(base.get("fingerprint")) and "vocab_size" not in base
+
+
 def first_fingerprint(llm: PreTrainedModel) -> str:
-    """The hash that tells the base LLM of a slim checkpoint of the first release from others."""
+    """The hash by which the first release told an LLM, be it that of an LSM or its base, from others."""
     digest = hashlib.sha256()
     body = next(child for child in llm.children() if isinstance(child, PreTrainedModel))
     for name, tensor in sorted(body.named_parameters()):
@@ -67,4 +70,11 @@ def first_fingerprint(llm: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["first_fingerprint", "is_of_first_release", "load_first_release", "name_changes", "rename"]
+__all__ = [
+    "first_fingerprint",
+    "is_base_of_first_release",
+    "is_of_first_release",
+    "load_first_release",
+    "name_changes",
+    "rename",
+]

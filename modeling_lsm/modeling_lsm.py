@@ -22,9 +22,9 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .assembling_lsm import load_slim, read_config
+from .assembling_lsm import load_slim, read_config, whole_models
 from .configuration_lsm import LsmConfig
-from .first_release_lsm import is_of_first_release, load_first_release
+from .first_release_lsm import is_of_first_release, load_first_release, name_changes
 from .generation_lsm import LsmGenerationMixin
 from .projectors_lsm import PROJECTORS
 from .speech_encoder_lsm import LsmSpeechEncoder
@@ -98,7 +98,9 @@ class LsmPreTrainedModel(PreTrainedModel):
         if saved.get("slim"):
             return load_slim(cls, load, name, *model_args, config=config, base_folders=base_folders, **kwargs)
         if is_of_first_release(saved):
-            return load_first_release(load, name, *model_args, config=config, **kwargs)
+            with whole_models():
+                changes = name_changes(LsmConfig.from_dict(saved).text_config)
+            return load_first_release(load, changes, name, *model_args, config=config, **kwargs)
         return load(name, *model_args, config=config, **kwargs)
 
     @classmethod

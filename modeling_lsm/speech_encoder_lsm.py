@@ -25,11 +25,11 @@ class LsmSpeechEncoder(WhisperEncoder):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        # Whisper does this where it meets the encoder itself, but outside of transformers' own modules the library
-        # passes over modules without parameters of their own.
+        # Whisper does this where it meets the encoder itself, by the shape of the weight, which is empty under ZeRO-3.
+        if module is not self:
+            super()._init_weights(module)
         if module is self.embed_positions:
-            init.copy_(module.weight, sinusoids(*module.weight.shape))
+            init.copy_(module.weight, sinusoids(self.config.max_source_positions, self.config.d_model))
 
     @merge_with_config_defaults
     @capture_outputs

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from ..assembling_lsm import whole_models
 from ..configuration_lsm import LsmConfig
 from ..fingerprints import fingerprint, hash_text
+from ..first_release_lsm import first_fingerprint, is_base_of_first_release
 from ..language_model_lsm import load_language_model
 from ..modeling_lsm import LsmForConditionalGeneration
 
@@ -47,9 +48,12 @@ def fingerprint_llm(model_name_or_path: str) -> str:
             )
         base = (config.base_models or {}).get("text") or {}
         is_untrained = not {"llm", "lora"} & {*(config.trained_parts or [])}
-        if base.get("fingerprint") and is_untrained and (config.slim or "vocab_size" not in base):
-            return base["fingerprint"]  # what a slim checkpoint does not hold; the first release's is of another kind
+        of_first_release = is_base_of_first_release(base)
+        if base.get("fingerprint") and is_untrained and (config.slim or of_first_release):
+            return base["fingerprint"]
         llm = LsmForConditionalGeneration.from_pretrained(model_name_or_path).lsm.language_model
+        if of_first_release:  # so that the targets that it wrote then are still its own
+            return first_fingerprint(llm)
         return fingerprint(llm, base.get("vocab_size", llm.config.vocab_size))
 
 
