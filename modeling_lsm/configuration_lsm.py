@@ -160,7 +160,7 @@ class LsmConfig(PreTrainedConfig):
         audio_config (`dict` or `WhisperConfig`, *optional*):
             The Whisper model whose encoder is the speech encoder. Its decoder is not built.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The causal LLM: any that `AutoModel` can build. Defaults to a `LlamaConfig`.
+            The causal LLM: any that `AutoModelForCausalLM` can build. Defaults to a `LlamaConfig`.
         audio_token_id (`int`, *optional*, defaults to 0):
             The token that stands in `input_ids` where an audio embedding goes.
         encoder_padding (`str`, *optional*, defaults to `"longest"`):

@@ -17,6 +17,8 @@ READ_BYTES = 2**16
 URL_CHARACTERS = "/%:@!$&'()*+,;=~?"  # the rest, like spaces, is escaped
 WHITESPACE = b" \t\r\n"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What of IPv6 is routed. Beyond it, `is_global` also takes addresses that stand for any IPv4 address for public.
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def fetch(url: str, max_bytes: int, timeout: float, private_hosts: Collection[str] = ()) -> bytes:
@@ -109,8 +111,9 @@ def connect(
         try:
             connection.sock = socket.create_connection((address, port), connection.timeout)
             break
-        except OSError:
-            if number == len(addresses):
+        except OSError as error:
+            # After a time-out there is no time left for another one.
+            if isinstance(error, TimeoutError) or number == len(addresses):
                 raise
     watch(connection.sock)
     if scheme == "https":
@@ -127,7 +130,7 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
         ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip)
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in GLOBAL_UNICAST)
 
 
 def ask(connection: http.client.HTTPConnection, parts: SplitResult, max_bytes: int) -> tuple[str | None, bytes]:

@@ -165,6 +165,11 @@ class LsmModel(LsmPreTrainedModel):
     def _encoder_is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.audio_tower.parameters())
 
+    @property
+    def _is_partitioned(self) -> bool:
+        """Whether ZeRO-3 has spread the weights over processes: they then have a `ds_id`."""
+        return hasattr(self.get_input_embeddings().weight, "ds_id")
+
     def train(self, mode: bool = True):
         super().train(mode)
         if mode and self._encoder_is_frozen:
@@ -215,6 +220,8 @@ class LsmModel(LsmPreTrainedModel):
 
     def _encode(self, features: torch.Tensor, mask: torch.Tensor, **kwargs) -> BaseModelOutput:
         """The encoder's output for spectrograms and their mask, see [`~LsmModel.get_audio_features`]."""
+        # Under ZeRO-3 all processes must run the encoder equally often, however many chunks each of them has.
+        at_a_time = len(features) if self._is_partitioned else CHUNKS_AT_A_TIME
         # Gradient checkpointing makes the inputs of the encoder's first layer require gradients, so that autograd
         # would run through a frozen encoder if it were not told otherwise.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_is_frozen):
@@ -224,9 +231,7 @@ class LsmModel(LsmPreTrainedModel):
                     input_features_mask=some_mask if self.config.encoder_padding == "longest" else None,
                     **kwargs,
                 )
-                for some_features, some_mask in zip(
-                    features.split(CHUNKS_AT_A_TIME), mask.split(CHUNKS_AT_A_TIME), strict=True
-                )
+                for some_features, some_mask in zip(features.split(at_a_time), mask.split(at_a_time), strict=True)
             ]
         if len(outputs) == 1:
             return outputs[0]
@@ -323,9 +328,9 @@ class LsmModel(LsmPreTrainedModel):
 
     def _run_all_parts(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings of a batch of text alone, after the audio parts have run for nothing where that is needed."""
-        # Under ZeRO-3, whose parameters have a `ds_id`, processes that run different parts would wait for each other
-        # for ever; so would gradients under DDP.
-        if not self.training and not hasattr(self.get_input_embeddings().weight, "ds_id"):
+        # Under ZeRO-3, processes that run different parts would wait for each other for ever; so would gradients under
+        # DDP.
+        if not self.training and not self._is_partitioned:
             return inputs_embeds
         mel_frames = self.config.window_size * self.config.timing.ENCODER_STRIDE
         silence = inputs_embeds.new_zeros(1, self.config.audio_config.num_mel_bins, mel_frames)

@@ -178,6 +178,8 @@ class LsmProcessor(ProcessorMixin):
             processor_kwargs (`dict`, *optional*):
                 Arguments of a call of the processor, like `{"local_files": False}` for chats of strangers.
         """
+        if not conversation:
+            raise ValueError("The chat is empty; expected messages, like {'role': 'user', 'content': 'Hello.'}.")
         batched = isinstance(conversation[0], (list, tuple))
         chats = [with_audio_items(chat) for chat in (conversation if batched else [conversation])]
         if kwargs.get("tokenize"):
@@ -327,12 +329,33 @@ def split_reading_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 def change_items(chat: list[dict[str, Any]], change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict]:
     """A copy of `chat` with `change` applied to each item of its messages."""
+    for message in chat:
+        check_message(message)
     return [
         message
         if isinstance(message.get("content"), str) or message.get("content") is None
         else {**message, "content": [change(item) for item in message["content"]]}
         for message in chat
     ]
+
+
+def check_message(message: Any) -> None:
+    """Raises a `ValueError` unless `message` has the form of one: templates raise whatever comes of another form."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"A chat holds {message!r:.80}; expected messages, like {{'role': 'user', 'content': 'Hello.'}}."
+        )
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    is_list = isinstance(content, (list, tuple))
+    for item in content if is_list else [content]:
+        is_item = is_list and isinstance(item, dict) and isinstance(item.get("type", ""), str)
+        if not is_item or (item.get("type") == "text" and not isinstance(item.get("text"), str)):
+            raise ValueError(
+                f"A message holds {item!r:.80}; expected as content a text, or a list of items like {{'type': 'text', "
+                "'text': …} or {'type': 'audio', 'audio': …}."
+            )
 
 
 def with_audio_items(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:

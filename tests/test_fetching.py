@@ -281,10 +281,27 @@ def test_this_machine_is_not_asked_unless_it_is_named(server, host):
             (address, False)
             for address in ("fd00::1", "ff02::1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::a00:1")
         ),
+        *((address, False) for address in ("::7f00:1", "::ffff:0:7f00:1", "64:ff9b:1::a00:1", "fec0::1", "5f00::1")),
     ],
 )
 def test_public_addresses(address, public):
     assert is_public(address) is public
+
+
+def test_one_time_out_for_all_addresses(monkeypatch):
+    """A name may have as many addresses that swallow what they are sent as its owner likes."""
+    tried = []
+
+    def create_connection(address, timeout):
+        tried.append(address[0])
+        raise TimeoutError("timed out")
+
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"8.8.8.{number}", 80)) for number in range(50)]
+    monkeypatch.setattr(fetching_lsm.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(fetching_lsm.socket, "create_connection", create_connection)
+    with pytest.raises(TimeoutError, match="took longer than 60 seconds"):
+        load_waveform("http://many.example/a.wav")
+    assert tried == ["8.8.8.0"]
 
 
 def test_a_name_is_resolved_once(server, monkeypatch):

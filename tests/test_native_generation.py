@@ -236,6 +236,13 @@ class TestClipsAreHeardOnce:
             answers = [model.generate(**batch, **NEW, **options, use_cache=cache) for cache in (True, False)]
             assert torch.equal(*answers)
 
+    def test_at_once_under_zero3(self, model, heard):
+        """Processes that run a part that is spread over them unequally often would wait for each other for ever."""
+        model.get_input_embeddings().weight.ds_id = 0  # as DeepSpeed marks what it has spread
+        with torch.no_grad():
+            model.get_audio_features(torch.randn(41, 80, 20))
+        assert heard == [41]
+
     def test_long_clips_are_heard_bit_by_bit(self, monkeypatch, model, heard):
         """As many chunks as twenty minutes have (short ones): memory for a few, and what one call would give."""
         features, mask = torch.randn(41, 80, 300), torch.ones(41, 300, dtype=torch.long)

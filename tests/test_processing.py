@@ -155,6 +155,26 @@ class TestChats:
         with pytest.raises(ValueError, match=r"an item without a 'type' \(its keys are \['text'\]\)\. Write it as"):
             ask(processor, user({"text": "hi"}))
 
+    @pytest.mark.parametrize(
+        "chat",
+        [
+            [],
+            ["hi"],
+            [{"content": "hi"}],
+            *(
+                [{"role": "user", "content": content}]
+                for content in (5, {"type": "text", "text": "hi"}, ["hi"], [None], [{"type": ["text"]}])
+            ),
+            *([{"role": "user", "content": [{"type": "text", **text}]}] for text in ({}, {"text": None}, {"text": 5})),
+        ],
+        ids=repr,
+    )
+    def test_what_is_no_chat(self, processor, chat):
+        begins = "The chat is empty|A chat holds .*|A message holds .*"
+        for tokenize in (True, False):
+            with pytest.raises(ValueError, match=rf"^({begins}); expected "):
+                processor.apply_chat_template(chat, tokenize=tokenize)
+
     @pytest.mark.parametrize("type_", ["image", "video"])
     def test_items_of_other_types(self, processor, type_):
         item = {"type": type_, type_: "a.png"}
