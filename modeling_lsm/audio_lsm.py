@@ -113,6 +113,9 @@ def unwrap(
 ) -> tuple[Any, Any, int | None]:
     """What a dict, tuple or decoder holds, its sampling rate, and the axis of its channels as far as it is known."""
     if isinstance(source, dict):
+        for key in ("array", "bytes"):
+            if isinstance(source.get(key), (str, os.PathLike)):  # which those who check paths do not look for here
+                raise ValueError(f"An {name} has {source[key]!r:.80} as {key!r}; paths and URLs stand under 'path'.")
         if source.get("array") is not None and "sampling_rate" in source:
             source, sampling_rate = source["array"], source["sampling_rate"]
         elif source.get("bytes") or source.get("path"):

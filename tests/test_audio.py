@@ -260,6 +260,18 @@ class TestBadAudio:
         with pytest.raises(ValueError, match=rf"has the keys {keys}; expected 'array' and 'sampling_rate', 'bytes'"):
             load_waveform(source)
 
+    def test_paths_stand_under_path_alone(self, tmp_path):
+        path = str(tmp_path / "clip.wav")
+        (tmp_path / "clip.wav").write_bytes(audio_bytes(noise(0.1)))
+        assert len(load_waveform({"path": path})) == 1600
+        for source in (
+            {"bytes": path},
+            {"bytes": tmp_path / "clip.wav", "path": path},
+            {"array": path, "sampling_rate": 16_000},
+        ):
+            with pytest.raises(ValueError, match="audio (dict|file).* paths and URLs stand under 'path'"):
+                load_waveform(source)
+
     def test_tuples(self):
         with pytest.raises(
             ValueError, match="An audio tuple has 3 items; expected 2: samples and their sampling rate"

@@ -26,6 +26,7 @@ from datasets.fingerprint import Hasher
 
 from .. import __version__
 from ..fetching_lsm import is_fetched
+from ..signals_lsm import AudioLimits
 from .hub_paths import check_hub_path
 from .manifests import PEEKED_ROWS, READERS, Unparsable, find_files, undecoded
 from .rows import FEATURES, REPLACED_BY_MESSAGES, chat_clips, to_row, with_usual_names
@@ -34,6 +35,7 @@ from .rows import FEATURES, REPLACED_BY_MESSAGES, chat_clips, to_row, with_usual
 logger = logging.getLogger(__name__)
 
 ASKED_COLUMNS = ("task", "instruction", "target", "messages")
+MAX_BYTES = AudioLimits.max_bytes
 WRITTEN_ROWS = 100  # held in memory at a time, maybe with their audio
 
 
@@ -139,8 +141,11 @@ def read_hub_record(record: dict[str, Any], index: int, name: str, columns: tupl
         return {**row, "problem": str(error)}
     if own is not None and "://" in own and not is_fetched(own):  # of a stream
         try:
-            with fsspec.open(own, "rb") as file:
-                row["audio"]["bytes"] = file.read()
+            with fsspec.open(own, "rb") as file:  # of an archive, it may be larger than all of the dataset
+                row["audio"]["bytes"] = file.read(MAX_BYTES + 1)
+            if len(row["audio"]["bytes"]) > MAX_BYTES:
+                row["audio"]["bytes"] = None
+                raise ValueError(f"it has more than {MAX_BYTES} bytes")
         except (OSError, ValueError) as error:
             row["problem"] = f"{own} cannot be fetched: {error}"
     return row

@@ -169,6 +169,18 @@ def test_files_of_a_stream_from_the_hub_are_fetched(hub, monkeypatch):
     assert url["audio"] == {"path": "https://example.org/a.wav", "bytes": None}  # `load_waveform` fetches it, safely
 
 
+def test_files_of_a_stream_are_fetched_within_limits(hub, monkeypatch):
+    with zipfile.ZipFile(hub / "clips.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.wav", bytes(10_000_000))
+    path = "zip://bomb.wav::hf://datasets/someone/corpus@main/clips.zip"
+    stream = Dataset.from_list([{"audio": path, "text": "one"}]).to_iterable_dataset()
+    monkeypatch.setattr(loading, "load_dataset", lambda *args, **kwargs: stream)
+    monkeypatch.setattr(loading, "MAX_BYTES", 1_000_000)
+    (row,) = load_rows("someone/corpus", streaming=True)
+    assert row["problem"] == f"{path} cannot be fetched: it has more than 1000000 bytes"
+    assert row["audio"]["bytes"] is None
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_of_the_hub_name_no_other_files(tmp_path, monkeypatch, streaming):
     (tmp_path / "secret.wav").write_bytes(wave_bytes())
