@@ -61,7 +61,9 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     # ---- the model ----
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
-        quantization_config.llm_int8_skip_modules = ["lsm.audio_tower", "lsm.projector", "lm_head"]
+        # State-space mixers multiply by weights of some of their layers themselves.
+        mixers = r"lsm\.language_model\..*\.(mamba|mixer)\.(x_proj|dt_proj|out_proj)"
+        quantization_config.llm_int8_skip_modules = ["lsm.audio_tower", "lsm.projector", "lm_head", mixers]
     processor = LsmProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     model = LsmForConditionalGeneration.from_pretrained(
         model_args.model_name_or_path,

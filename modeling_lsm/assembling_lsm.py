@@ -85,6 +85,9 @@ def load_slim(
             f"The slim checkpoint {folder} and its base models lack {len(missing)} weights, as {missing[0]}. "
             "Save it anew with `LsmPipeline.save_pretrained(…, slim=True)`."
         )
+    if getattr(model, "hf_quantizer", None) is None:
+        # These weights were in their form in memory, so that loading converted none; saving them whole has to.
+        model._weight_conversions = None
     model.name_or_path = model.config.name_or_path = os.fspath(name)
     return (model, info) if return_info else model
 

@@ -48,7 +48,9 @@ def fingerprint(model: PreTrainedModel, vocab_size: int | None = None) -> str:
 
 def saved_form(model: PreTrainedModel, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """`weights` of `model`, by default all but the tied ones, by the names and in the form of `save_pretrained`."""
-    weights = dict(model.named_parameters()) if weights is None else weights
+    if weights is None:
+        tied = model.all_tied_weights_keys
+        weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     # What loading had to convert is the file's affair. `revert_weight_conversion` would revert that instead.
     conversions = model.__dict__.pop("_weight_conversions", None)
     try:

@@ -20,12 +20,20 @@ def load_language_model(name: str, dtype: str | torch.dtype = "auto", **hub_kwar
     Args:
         name (`str`): Hub id or folder.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights.
-        hub_kwargs: Arguments for the Hub, like `revision`, `token` or `trust_remote_code`.
+        hub_kwargs: Arguments for the Hub, like `revision` or `token`.
 
     Raises:
         ValueError: If the model is not one that an LSM can be composed with.
     """
-    config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    # Of a repository's own code an LSM takes no more than the tokenizer's: the LLM's would have to travel with it.
+    hub_kwargs["trust_remote_code"] = False
+    try:
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} cannot be the LLM: transformers itself does not have its architecture, and an LSM does not carry "
+            "code of others."
+        ) from error
     text_config = config.get_text_config(decoder=True)
     refuse_other_architectures(name, config, text_config)
     if text_config is config:

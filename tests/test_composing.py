@@ -1,5 +1,6 @@
 """Two pretrained models into one checkpoint: weights, rows, templates, refusals; and with real ones (slow)."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -202,6 +203,21 @@ class TestRefusals:
         ).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="is a bart model; the speech model must be a Whisper"):
             compose(tmp_path, tiny_bases.text, **SMALL)
+
+    @pytest.mark.parametrize("trust", [False, True])
+    def test_code_of_the_llms_repository(self, tiny_bases, tmp_path, trust):
+        """Its model is not: one that transformers has is not needed, another would have to travel."""
+        folder = save_llm(tmp_path / "llm", tiny.make_llm())
+        config = json.loads((folder / "config.json").read_text())
+        code = "from transformers import LlamaConfig\nclass Own(LlamaConfig): ...\n" if trust else "raise SystemExit"
+        (folder / "modeling_own.py").write_text(code)
+        own = {"auto_map": {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.OwnLM"}}
+        (folder / "config.json").write_text(json.dumps({**config, **own}))
+        model, _ = compose(tiny_bases.speech, folder, trust_remote_code=trust, **SMALL)
+        assert type(model.lsm.language_model).__module__.startswith("transformers.")
+        (folder / "config.json").write_text(json.dumps({**config, **own, "model_type": "own"}))
+        with pytest.raises(ValueError, match="cannot be the LLM: transformers itself does not have its architecture"):
+            compose(tiny_bases.speech, folder, trust_remote_code=trust, **SMALL)
 
     def test_unknown_projector(self, tiny_bases):
         with pytest.raises(

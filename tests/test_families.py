@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from modeling_lsm import LsmForConditionalGeneration, LsmProcessor, make_chat
 from modeling_lsm.augmentation import TextModel, check_provenance
 from modeling_lsm.composing import compose
+from modeling_lsm.data.collating import predicts_label
 from modeling_lsm.training import add_lora, set_trained_parts
 from tests import tiny
 from tests.families import FAMILIES, MULTIMODAL, REFUSED, make_family
@@ -224,7 +225,7 @@ def test_trains(composed, tiny_bases, lora, note):
     losses = []
     for _ in range(4):
         model.train()
-        loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss = model(**inputs, labels=labels, logits_to_keep=predicts_label(labels), use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         for part in (model.lsm.projector, model.lsm.language_model):
