@@ -10,9 +10,9 @@ time, greedily (the pipeline of transformers would search for a transcript with 
 Answers have a length that both are held to, the transcript is as long as it is. The two take turns, and figures are
 medians: `ratio` of elapsed time, `ratio_of_cpu_time` of the process's, which other work disturbs less.
 
-Most of both is the LLM's forward passes, so that the ratio depends on the length of the answer. What it would be if
-hearing cost nothing at all, reading alone beside transcribing and reading, is `ratio_if_hearing_were_free`. The last
-line on stdout is a JSON object with the figures.
+Most of both is the LLM's forward passes, so that the ratio depends on the length of the answer. What it would be, in
+CPU time, if hearing cost nothing at all, reading alone beside transcribing and reading, is
+`ratio_if_hearing_were_free`. The last line on stdout is a JSON object with the figures.
 """
 
 import argparse
