@@ -49,12 +49,13 @@ style: venv  ## Mend what of lint and formatting can be mended
 demo: venv  ## Compose, augment, train, evaluate and ask a small LSM (SPEECH_MODEL=, TEXT_MODEL=, OUTPUT_DIR= to choose)
 	$(BIN)/python -m demo.run $(DEMO_ARGUMENTS)
 
-bench: venv  ## Measure how fast encoding, augmenting, aligning, training and evaluating are, beside the obvious way
+bench: venv  ## Measure how fast everything is: training, augmenting, evaluating, answering
 	$(BIN)/python -m benchmarks.bench_encoder
 	$(BIN)/python -m benchmarks.bench_augment
 	$(BIN)/python -m benchmarks.bench_align
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_eval
+	$(BIN)/python -m benchmarks.bench_pipeline
 
 experiment: venv  ## Vanilla against self-powered training, from text to results (SCALE=smoke, small or full)
 	$(BIN)/python -m pip install -q -r experiments/tiny/requirements.txt
