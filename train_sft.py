@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -242,3 +243,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_float32_matmul_precision("high")
     main(*make_parser().parse_args_and_config())
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()  # a process that exits with it may abort
