@@ -37,9 +37,9 @@ def fingerprint(model: PreTrainedModel, vocab_size: int | None = None) -> str:
         `str`: 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
+    grown_to = None if vocab_size is None else model.config.get_text_config().vocab_size
     for name, tensor in sorted(saved_form(model).items()):
-        rows = model.config.get_text_config().vocab_size if vocab_size is not None else None
-        if rows is not None and tensor.shape[:1] == (rows,):
+        if tensor.shape[:1] == (grown_to,):
             tensor = tensor[:vocab_size]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
